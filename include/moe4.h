@@ -1,0 +1,446 @@
+/* moe4: 4-bit (NVFP4) linear and mixture-of-experts layers.
+ *
+ * What is computed, bit by bit where bits are promised, is docs/numerics.md; file formats are docs/format.md.
+ *
+ * Conventions, true of every function unless it says otherwise:
+ * - Shapes are written [rows, cols], row-major, the last dimension contiguous. A leading dimension (`ld`) counts elements
+ *   from one row to the next; 0 means "contiguous". Buffers need the natural alignment of their element type, workspaces 64 bytes.
+ * - The destination comes first. Results are written only when MOE4_OK is returned; a created object is NULL otherwise.
+ * - Inputs are borrowed for the call. What an object keeps borrowing (weights, a checkpoint) is stated at its create function.
+ * - A context and all that is made from it may be used by several threads at once; creating and destroying one object is for one
+ *   thread, and a context outlives what was made from it.
+ * - On failure moe4_ctx_error() has a sentence that names the thing and the numbers. It belongs to the calling thread.
+ * - Option structs begin with struct_size; fill them with their _INIT. A NULL option struct means all defaults.
+ */
+#ifndef MOE4_H
+#define MOE4_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE4_VERSION_MAJOR 0
+#define MOE4_VERSION_MINOR 1
+#define MOE4_VERSION_PATCH 0
+
+#if defined(__GNUC__)
+#define MOE4_API __attribute__((visibility("default")))
+#else
+#define MOE4_API
+#endif
+
+/* "0.1.0", static. */
+MOE4_API const char *moe4_version(void);
+
+/* ---- status ------------------------------------------------------------------------------------------------------------------ */
+
+typedef enum moe4_status {
+    MOE4_OK = 0,
+    MOE4_ERROR_ARGUMENT = 1,    /* the caller's argument: a size, a pointer, an option */
+    MOE4_ERROR_FORMAT = 2,      /* a file, or what it holds, is malformed or implausible */
+    MOE4_ERROR_UNSUPPORTED = 3, /* well-formed, but moe4 does not run it */
+    MOE4_ERROR_NOT_FOUND = 4,   /* a file or tensor that should be there is not */
+    MOE4_ERROR_MEMORY = 5,      /* an allocation failed */
+    MOE4_ERROR_IO = 6,          /* the system refused to open, map, read or write */
+    MOE4_ERROR_DEVICE = 7       /* the device, its driver or its plug-in */
+} moe4_status;
+
+/* A few words for a status, static; never NULL. */
+MOE4_API const char *moe4_status_text(moe4_status status);
+
+/* ---- context ----------------------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_ctx moe4_ctx;
+
+/* Bits of moe4_ctx_options.isa_mask. MOE4_ISA_SCALAR is the readable reference and always there. */
+#define MOE4_ISA_SCALAR 1u
+#define MOE4_ISA_AVX2 2u /* AVX2 + FMA + F16C */
+
+/* alloc: `bytes` > 0 at a multiple of `align` (a power of two), or NULL. free takes what alloc gave. Both may be called from any thread. */
+typedef void *(*moe4_alloc_fn)(void *user, size_t bytes, size_t align);
+typedef void (*moe4_free_fn)(void *user, void *data);
+/* One line without a newline; may be called from any thread. */
+typedef void (*moe4_log_fn)(void *user, const char *line);
+
+typedef struct moe4_ctx_options {
+    size_t struct_size;
+    size_t n_threads;   /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one */
+    uint32_t isa_mask;  /* 0: everything this CPU has; otherwise the MOE4_ISA_ bits that may be used (SCALAR always may) */
+    const char *device; /* NULL or "cpu" */
+    moe4_alloc_fn alloc; /* both or neither; NULL: the C library's */
+    moe4_free_fn free;
+    void *alloc_user;
+    moe4_log_fn log; /* NULL: silent */
+    void *log_user;
+} moe4_ctx_options;
+#define MOE4_CTX_OPTIONS_INIT {sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL}
+
+/* Makes a context. Errors: ARGUMENT (an ISA this CPU lacks, an unknown device, half an allocator), MEMORY. As there is no context to
+ * ask, the sentence goes to options->log. Destroy waits for nothing: no call may be under way. NULL is ignored. */
+MOE4_API moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options);
+MOE4_API void moe4_ctx_destroy(moe4_ctx *ctx);
+
+/* The sentence about the calling thread's last failed call in this context, or "". Valid until that thread's next call. */
+MOE4_API const char *moe4_ctx_error(const moe4_ctx *ctx);
+
+MOE4_API size_t moe4_ctx_n_threads(const moe4_ctx *ctx);
+/* The ISA in use ("avx2") and why that one ("best of scalar, avx2 on this CPU"); owned by the context. */
+MOE4_API const char *moe4_ctx_isa(const moe4_ctx *ctx);
+MOE4_API const char *moe4_ctx_isa_reason(const moe4_ctx *ctx);
+/* The isa_mask for a name as moe4_ctx_isa gives it: that ISA and all below. 0 for an unknown name. */
+MOE4_API uint32_t moe4_isa_mask(const char *name);
+
+/* ---- element types ----------------------------------------------------------------------------------------------------------- */
+
+typedef enum moe4_dtype {
+    MOE4_F32 = 0,
+    MOE4_F16,
+    MOE4_BF16,
+    MOE4_F64,
+    MOE4_I8,
+    MOE4_U8,
+    MOE4_I16,
+    MOE4_U16,
+    MOE4_I32,
+    MOE4_U32,
+    MOE4_I64,
+    MOE4_U64,
+    MOE4_BOOL,
+    MOE4_F8_E4M3,
+    MOE4_F8_E5M2,
+    MOE4_F8_E8M0,
+    MOE4_NVFP4, /* only as moe4_weight.dtype: codes, block scales and a global scale together */
+    MOE4_N_DTYPES
+} moe4_dtype;
+
+/* "BF16", as safetensors writes it; "?" for a number that is none. Bytes of one element; 0 for MOE4_NVFP4 and for no dtype. */
+MOE4_API const char *moe4_dtype_name(moe4_dtype dtype);
+MOE4_API size_t moe4_dtype_bytes(moe4_dtype dtype);
+
+/* ---- the NVFP4 format: conversions, quantize, dequantize ---------------------------------------------------------------------- */
+
+#define MOE4_BLOCK 16 /* consecutive k that share a block scale */
+
+/* E2M1: bit 3 sign, bits 2..0 index {0, .5, 1, 1.5, 2, 3, 4, 6}. To nearest, ties to the even code, saturating at 6, NaN -> 7 (6.0),
+ * -0 and negative underflow -> 8. Codes above 15 are taken modulo 16. */
+MOE4_API uint8_t moe4_e2m1_from_float(float x);
+MOE4_API float moe4_e2m1_to_float(uint8_t code);
+/* E4M3 (OCP, no infinities): to nearest even, saturating at 448, NaN -> 0x7F with the sign kept. */
+MOE4_API uint8_t moe4_e4m3_from_float(float x);
+MOE4_API float moe4_e4m3_to_float(uint8_t byte);
+/* To nearest even; NaN stays NaN. */
+MOE4_API uint16_t moe4_bf16_from_float(float x);
+MOE4_API float moe4_bf16_to_float(uint16_t bits);
+MOE4_API uint16_t moe4_f16_from_float(float x);
+MOE4_API float moe4_f16_to_float(uint16_t bits);
+
+/* How scales are chosen and rounded: docs/numerics.md has the exact order of operations. `global` is the number that recipe stores:
+ * MODELOPT, MODELOPT_STATIC: s2 = amax/2688, a factor of the value (ModelOpt's weight_scale_2).
+ * ACTIVATION: S = 2688/amax, the encode scale; the value's factor is 1/S in fp32.
+ * COMPRESSED_TENSORS: gs = 2688/amax, the value's divisor (weight_global_scale). */
+typedef enum moe4_recipe {
+    MOE4_RECIPE_MODELOPT = 0,
+    MOE4_RECIPE_MODELOPT_STATIC,
+    MOE4_RECIPE_ACTIVATION,
+    MOE4_RECIPE_COMPRESSED_TENSORS
+} moe4_recipe;
+
+typedef struct moe4_quantize_options {
+    size_t struct_size;
+    moe4_recipe recipe;
+    const float *global;   /* NULL: from the amax of x; otherwise the recipe's stored number: one, or [rows] with per_row */
+    int per_row;           /* a global scale for each row instead of one for all */
+    int four_over_six;     /* MODELOPT only: s2 = amax/1536 and the better of two scales per block */
+} moe4_quantize_options;
+#define MOE4_QUANTIZE_OPTIONS_INIT {sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0}
+
+/* codes[rows, cols/2], scales[rows, cols/16] = quantize(x[rows, cols]); low nibble = even k; scales are linear E4M3 bytes.
+ * x is F32, BF16 or F16; cols a multiple of 16; ld as in the conventions. global_ret (or NULL) gets the global scale used, one or
+ * [rows]; n_saturated_ret (or NULL) the number of blocks whose scale before rounding exceeds 464.
+ * Errors: ARGUMENT (cols, dtype, ld, a global that is not positive and finite), FORMAT (x has a NaN or Inf: row and column). */
+MOE4_API moe4_status moe4_nvfp4_quantize(moe4_ctx *ctx, uint8_t *codes, uint8_t *scales, float *global_ret, uint64_t *n_saturated_ret,
+                                         const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld,
+                                         const moe4_quantize_options *options);
+
+/* y[rows, cols] = the values of codes and scales; `global` as options would store it (one, or [rows] with per_row), y F32, BF16 or F16,
+ * rounded once. Errors: ARGUMENT; FORMAT for a scale byte that is NaN or signed (row and block). */
+MOE4_API moe4_status moe4_nvfp4_dequantize(moe4_ctx *ctx, void *y, moe4_dtype y_dtype, size_t y_ld, const uint8_t *codes, const uint8_t *scales,
+                                           size_t rows, size_t cols, const moe4_quantize_options *options);
+
+/* *amax_ret = largest |x| of x[rows, cols]; a NaN or Inf anywhere makes it NaN or Inf. x is F32, BF16 or F16. 0 for an empty x. */
+MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld);
+
+/* ---- weights ----------------------------------------------------------------------------------------------------------------- */
+
+/* One matrix W[rows = N, cols = K], borrowed. y[T,N] = x[T,K] @ W^T. K is a multiple of 16 for NVFP4. No alignment is needed. */
+typedef struct moe4_weight {
+    moe4_dtype dtype;     /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32 */
+    size_t rows, cols;
+    const void *data;     /* NVFP4: codes [N, K/2]; otherwise [N, K] */
+    const uint8_t *scale; /* NVFP4: E4M3 [N, K/16], linear; otherwise NULL */
+    float global;         /* NVFP4: factor of the value (weight_scale_2; 1/weight_global_scale) */
+    float input_scale;    /* NVFP4: decode global of the calibrated input; 0 when there is none */
+} moe4_weight;
+
+typedef struct moe4_weight_stats {
+    size_t struct_size;
+    uint64_t n_blocks;
+    uint64_t n_scale_448;      /* blocks whose scale is the largest, 448 */
+    uint64_t n_scale_pow2;     /* blocks whose scale is a power of two */
+    uint64_t n_scale_zero;
+    uint64_t n_scale_bad;      /* NaN or signed */
+    float scale_min, scale_max; /* over the good ones; 0 when there is none */
+} moe4_weight_stats;
+#define MOE4_WEIGHT_STATS_INIT {sizeof(moe4_weight_stats), 0, 0, 0, 0, 0, 0.f, 0.f}
+
+/* Counts over the block scales of an NVFP4 weight. Errors: ARGUMENT (not NVFP4). */
+MOE4_API moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, const moe4_weight *weight);
+
+/* ---- activation modes --------------------------------------------------------------------------------------------------------- */
+
+/* What the input of an NVFP4 matrix is rounded to. Unquantized matrices always run BF16: weights as stored, fp32 activations.
+ * An explicit mode that no matrix of an object can run is an ARGUMENT error. */
+typedef enum moe4_act {
+    MOE4_ACT_DEFAULT = 0, /* TOKEN for NVFP4, BF16 for unquantized */
+    MOE4_ACT_W4A16,       /* rounded to bf16 */
+    MOE4_ACT_STATIC,      /* NVFP4 with the checkpoint's input_scale (the larger, where matrices share an input) */
+    MOE4_ACT_TENSOR,      /* NVFP4, one global scale over the batch; results depend on the batch */
+    MOE4_ACT_TOKEN,       /* NVFP4, one global scale per row */
+    MOE4_ACT_BF16         /* for unquantized matrices only */
+} moe4_act;
+
+/* "token"; "?" for none. The reverse: MOE4_ERROR_ARGUMENT for an unknown name. */
+MOE4_API const char *moe4_act_name(moe4_act act);
+MOE4_API moe4_status moe4_act_from_name(moe4_act *act_ret, const char *name);
+
+/* Scratch memory, the caller's, 64-byte aligned; one per call under way. It carries the report of the last call that used it. */
+typedef struct moe4_workspace {
+    void *data;
+    size_t bytes;
+} moe4_workspace;
+
+/* ---- checkpoints -------------------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_checkpoint moe4_checkpoint;
+
+#define MOE4_MAX_DIMS 8
+
+typedef struct moe4_tensor {
+    const char *name; /* owned by the checkpoint, as is file */
+    const char *file; /* the shard's file name, without folder */
+    moe4_dtype dtype;
+    size_t n_dims;
+    size_t shape[MOE4_MAX_DIMS];
+    const void *data; /* mapped, read-only; alignment as the file has it */
+    size_t bytes;
+} moe4_tensor;
+
+/* Opens a model folder (config.json, optionally an index, .safetensors shards) or one .safetensors file (then without a config).
+ * Files are mapped: a file changed or cut short while open can end the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
+ * tensor and numbers), MEMORY. An unknown model family opens; the calls that need the family then say UNSUPPORTED. */
+MOE4_API moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, const char *path);
+MOE4_API void moe4_checkpoint_close(moe4_checkpoint *ckpt);
+
+MOE4_API size_t moe4_checkpoint_n_tensors(const moe4_checkpoint *ckpt);
+MOE4_API size_t moe4_checkpoint_n_files(const moe4_checkpoint *ckpt);
+/* Tensor i, 0 <= i < n_tensors, in order of file, then of offset. */
+MOE4_API moe4_status moe4_checkpoint_tensor(const moe4_checkpoint *ckpt, moe4_tensor *tensor_ret, size_t i);
+MOE4_API moe4_status moe4_checkpoint_find(const moe4_checkpoint *ckpt, moe4_tensor *tensor_ret, const char *name);
+/* config.json as it stands, bytes_ret (or NULL) its length; "" for a single file. */
+MOE4_API const char *moe4_checkpoint_config(const moe4_checkpoint *ckpt, size_t *bytes_ret);
+
+typedef enum moe4_router_kind {
+    MOE4_ROUTER_NONE = 0,
+    MOE4_ROUTER_SOFTMAX_TOPK, /* p = softmax(l); top-k of p; optionally renormalised (Mixtral, Qwen) */
+    MOE4_ROUTER_SIGMOID_BIAS  /* s = sigmoid(l); top-k of s + b, group-limited; s/(sum + 1e-20)*scale (DeepSeek-V3, Kimi, GLM) */
+} moe4_router_kind;
+
+typedef struct moe4_router_options {
+    size_t struct_size;
+    moe4_router_kind kind;
+    size_t hidden, n_experts, top_k;
+    size_t n_group, topk_group; /* SIGMOID_BIAS; 0 or 1: no groups */
+    int normalize;              /* divide the chosen weights by their sum */
+    float scale;                /* routed_scaling_factor, applied once, in the weights; 0 means 1 */
+    moe4_dtype x_dtype;         /* of forward's x: F32, BF16 or F16 */
+    size_t x_ld;
+} moe4_router_options;
+#define MOE4_ROUTER_OPTIONS_INIT {sizeof(moe4_router_options), MOE4_ROUTER_NONE, 0, 0, 0, 0, 0, 0, 0.f, MOE4_F32, 0}
+
+typedef struct moe4_model_info {
+    size_t struct_size;
+    const char *family;       /* "glm4_moe": the row of the family table; owned by the checkpoint, as are the other strings */
+    const char *architecture; /* config.json's architectures[0], or "" */
+    const char *quantization; /* "modelopt NVFP4", "none", as the tensors say */
+    size_t n_layers, hidden, vocab;
+    size_t intermediate;      /* of the dense layers; 0 when there are none */
+    size_t n_experts, moe_intermediate, n_shared_experts;
+    moe4_router_options router; /* hidden, n_experts, top_k, … filled in */
+    float swiglu_limit;         /* 0: none */
+} moe4_model_info;
+#define MOE4_MODEL_INFO_INIT {sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f}
+
+/* What config.json says, checked. Errors: UNSUPPORTED ("… (found …)"), FORMAT, ARGUMENT. */
+MOE4_API moe4_status moe4_checkpoint_info(const moe4_checkpoint *ckpt, moe4_model_info *info_ret);
+
+typedef enum moe4_layer_kind { MOE4_LAYER_DENSE = 0, MOE4_LAYER_MOE = 1 } moe4_layer_kind;
+typedef enum moe4_proj { MOE4_GATE = 0, MOE4_UP = 1, MOE4_DOWN = 2 } moe4_proj;
+/* Expert numbers of moe4_checkpoint_expert that are not routed experts. */
+#define MOE4_EXPERT_SHARED (-1)
+#define MOE4_EXPERT_DENSE (-2) /* the one MLP of a dense layer */
+
+/* DENSE or MOE, as config.json says of that layer. Errors: ARGUMENT (no such layer), UNSUPPORTED. */
+MOE4_API moe4_status moe4_checkpoint_layer_kind(const moe4_checkpoint *ckpt, moe4_layer_kind *kind_ret, size_t layer);
+/* The matrix of a module by name ("model.layers.0.self_attn.q_proj"): its format from its tensors' suffixes and its companions checked
+ * (dtype, shape, globals positive and finite; block scales are checked by verify). Points into the mapped file.
+ * Errors: NOT_FOUND, FORMAT (both or neither of two formats' companions, a wrong shape: both shapes), UNSUPPORTED. */
+MOE4_API moe4_status moe4_checkpoint_weight(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, const char *module);
+/* The same for an expert's projection, shapes checked against config.json. */
+MOE4_API moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert, moe4_proj proj);
+/* The router of a layer: gate [E,H] and bias [E] F32 or NULL (n_experts elements, data as stored). */
+MOE4_API moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer);
+
+/* Called for every problem: the tensor or file concerned, and a sentence. */
+typedef void (*moe4_problem_fn)(void *user, const char *name, const char *problem);
+/* Called now and then; returning non-zero stops verify, which then returns MOE4_OK with what it has counted. */
+typedef int (*moe4_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_total);
+/* Reads every byte: companions, shapes, dtypes, scale bytes, global and input scales, non-finite bf16/f16/f32 values, and that every
+ * layer has the experts, router, norms and attention that config.json promises. *n_problems_ret counts; the status is MOE4_OK when
+ * the check itself could be done. Memory stays bounded: mapped pages are dropped behind. */
+MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_ret, moe4_problem_fn problem, moe4_progress_fn progress,
+                                            void *user);
+
+/* ---- router ------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_router moe4_router;
+
+/* gate [n_experts, hidden] BF16, F16 or F32, borrowed until destroy; NULL when only select is used. bias fp32 [n_experts] is copied;
+ * NULL: zeros. Errors: ARGUMENT, MEMORY. */
+MOE4_API moe4_status moe4_router_create(moe4_router **router_ret, moe4_ctx *ctx, const moe4_weight *gate, const float *bias,
+                                        const moe4_router_options *options);
+/* The router of a layer, kind and numbers from config.json; options (or NULL) gives x_dtype and x_ld. Borrows ckpt. */
+MOE4_API moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
+                                                        const moe4_router_options *options);
+MOE4_API void moe4_router_destroy(moe4_router *router);
+
+MOE4_API moe4_status moe4_router_workspace_bytes(const moe4_router *router, size_t *bytes_ret, size_t n_tokens);
+/* topk_ids [T,k] int32, topk_weights [T,k] fp32 from x [T,hidden]: fp32 logits, best expert first, ties to the lower index. A row with a
+ * NaN or Inf gets ids -1 and NaN weights. Errors: ARGUMENT. */
+MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x, size_t n_tokens,
+                                         const moe4_workspace *workspace, void *stream);
+/* The same from logits [T,E] fp32, contiguous; needs no workspace. */
+MOE4_API moe4_status moe4_router_select(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits,
+                                        size_t n_tokens, void *stream);
+
+/* ---- mixture-of-experts layer --------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_moe moe4_moe;
+
+typedef struct moe4_expert {
+    moe4_weight gate, up; /* [intermediate, hidden] */
+    moe4_weight down;     /* [hidden, intermediate] */
+} moe4_expert;
+
+typedef struct moe4_moe_options {
+    size_t struct_size;
+    size_t n_experts;    /* E of the whole layer: ids are global, 0 <= id < E */
+    size_t first_expert; /* this object has experts [first, first + n_local) */
+    size_t n_local;      /* 0: all from first_expert on */
+    size_t top_k;        /* ids per token */
+    moe4_act act;
+    float swiglu_limit;  /* 0: none; L: gate = min(g, L), up = clamp(u, -L, L) */
+    int with_shared;     /* from a checkpoint: add the layer's shared expert */
+    const moe4_expert *shared; /* create: a shared expert every token visits with weight 1, its own intermediate size; or NULL */
+    moe4_dtype x_dtype;  /* F32, BF16 or F16 */
+    size_t x_ld;
+    moe4_dtype y_dtype;  /* F32 or BF16 */
+    size_t y_ld;
+    moe4_dtype ids_dtype; /* I32 or I64 */
+} moe4_moe_options;
+#define MOE4_MOE_OPTIONS_INIT {sizeof(moe4_moe_options), 0, 0, 0, 0, MOE4_ACT_DEFAULT, 0.f, 0, NULL, MOE4_BF16, 0, MOE4_BF16, 0, MOE4_I32}
+
+/* A layer from n_local experts' pointers; the struct array is copied, the weights it points to stay borrowed until destroy.
+ * Errors: ARGUMENT (the expert and both numbers), MEMORY. */
+MOE4_API moe4_status moe4_moe_create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_expert *experts, const moe4_moe_options *options);
+/* A layer of a checkpoint; sizes, top_k and the limit come from config.json where options leaves 0. A dense layer is one expert with
+ * top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create. */
+MOE4_API moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
+                                                     const moe4_moe_options *options);
+MOE4_API void moe4_moe_destroy(moe4_moe *moe);
+
+/* The mode DEFAULT came to mean. */
+MOE4_API moe4_act moe4_moe_act(const moe4_moe *moe);
+/* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
+MOE4_API moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_tokens);
+
+/* y[T,hidden] = for each token the sum over its top_k slots of weight * expert(x), plus the shared expert if there is one; summed in
+ * fp32 in slot order, rounded once.
+ * x [T,hidden] and y in the dtypes and leading dimensions of the options; they may not overlap. topk_ids [T,top_k], topk_weights
+ * [T,top_k] fp32, both contiguous; slots whose id is negative or not local are skipped, a token without any gets exact zeros (and then
+ * the shared expert). With n_experts 1 both may be NULL: every token, weight 1. A row of x with a NaN or Inf comes out NaN where an
+ * expert read it; other rows are untouched. Same input, same bits, whatever the threads; except for MOE4_ACT_TENSOR a token's result
+ * does not depend on the rest of the batch. n_tokens 0 is fine.
+ * Allocates nothing. `stream` is the device's stream; NULL on the CPU, where the call returns when y is written.
+ * Errors: ARGUMENT (a NULL, a workspace too small: both numbers). */
+MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights,
+                                      size_t n_tokens, const moe4_workspace *workspace, void *stream);
+
+typedef enum moe4_stage {
+    MOE4_STAGE_DISPATCH = 0, /* slots sorted by expert */
+    MOE4_STAGE_QUANTIZE_X,
+    MOE4_STAGE_GATE_UP, /* both products and SwiGLU */
+    MOE4_STAGE_QUANTIZE_H,
+    MOE4_STAGE_DOWN,
+    MOE4_STAGE_COMBINE,
+    MOE4_N_STAGES
+} moe4_stage;
+MOE4_API const char *moe4_stage_name(moe4_stage stage);
+
+typedef struct moe4_moe_report {
+    size_t struct_size;
+    uint64_t n_tokens;
+    uint64_t n_slots;            /* routed slots that ran here */
+    uint64_t n_experts_hit;      /* distinct local experts with a slot */
+    uint64_t weight_bytes;       /* codes and scales of those experts (and the shared one) */
+    uint64_t n_saturated_blocks; /* activation blocks, per slot, whose scale was past what E4M3 holds */
+    uint64_t n_nonfinite_rows;   /* rows of x with a NaN or Inf */
+    double seconds[MOE4_N_STAGES]; /* wall time, CPU only */
+} moe4_moe_report;
+#define MOE4_MOE_REPORT_INIT {sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, {0}}
+
+/* What the last forward with this workspace did; tokens_per_expert [n_local] or NULL. On a device it waits for the stream. */
+MOE4_API moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,
+                                          const moe4_workspace *workspace, void *stream);
+
+/* ---- linear ------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_linear moe4_linear;
+
+typedef struct moe4_linear_options {
+    size_t struct_size;
+    moe4_act act;
+    moe4_dtype x_dtype; /* F32, BF16 or F16 */
+    size_t x_ld;
+    moe4_dtype y_dtype; /* F32 or BF16; contiguous [T, N_i] each */
+} moe4_linear_options;
+#define MOE4_LINEAR_OPTIONS_INIT {sizeof(moe4_linear_options), MOE4_ACT_DEFAULT, MOE4_F32, 0, MOE4_F32}
+
+/* n_weights >= 1 matrices [N_i, K] of one format that share an input (q, k and v; gate and up): it is rounded once, in `static` with the
+ * largest of their input scales. The structs are copied, what they point to stays borrowed. Errors: ARGUMENT, MEMORY. */
+MOE4_API moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_weights,
+                                        const moe4_linear_options *options);
+MOE4_API void moe4_linear_destroy(moe4_linear *linear);
+MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size_t *bytes_ret, size_t n_tokens);
+/* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's. n_saturated_ret (or NULL; host memory) counts
+ * saturated blocks of x, once for all matrices. */
+MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x, size_t n_tokens,
+                                         const moe4_workspace *workspace, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,24 @@
+/* Threads: how many, and a pool that runs numbered tasks. */
+#ifndef MOE4_CPU_POOL_H
+#define MOE4_CPU_POOL_H
+
+#include "../internal.h"
+
+enum { MOE4_MAX_THREADS = 1024 };
+
+struct moe4_pool;
+typedef void (*moe4_task_fn)(void *arg, size_t task);
+
+/* n_threads counts the caller of moe4_pool_run: n_threads - 1 threads are started. */
+moe4_status moe4_pool_create(struct moe4_pool **pool_ret, const moe4_ctx *ctx, size_t n_threads);
+void moe4_pool_destroy(struct moe4_pool *pool, const moe4_ctx *ctx);
+size_t moe4_pool_n_threads(const struct moe4_pool *pool);
+
+/* fn(arg, task) once for each task < n_tasks, on the caller and whichever workers are free; returns when all are done. Any number of
+ * threads may run at once. Which thread takes which task is not fixed: tasks write to places of their own. */
+void moe4_pool_run(struct moe4_pool *pool, size_t n_tasks, moe4_task_fn fn, void *arg);
+
+/* CPUs this process may use: its affinity mask, bounded by its cgroup's CPU quota (rounded up); at least 1. */
+size_t moe4_cpu_threads(void);
+
+#endif
