@@ -67,16 +67,17 @@ typedef void (*moe4_log_fn)(void *user, const char *line);
 
 typedef struct moe4_ctx_options {
     size_t struct_size;
-    size_t n_threads;   /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one */
-    uint32_t isa_mask;  /* 0: everything this CPU has; otherwise the MOE4_ISA_ bits that may be used (SCALAR always may) */
-    const char *device; /* NULL or "cpu" */
+    size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one */
+    uint32_t isa_mask;   /* 0: everything this CPU has; otherwise the MOE4_ISA_ bits that may be used (SCALAR always may) */
+    const char *device;  /* NULL or "cpu" */
     moe4_alloc_fn alloc; /* both or neither; NULL: the C library's */
     moe4_free_fn free;
     void *alloc_user;
     moe4_log_fn log; /* NULL: silent */
     void *log_user;
 } moe4_ctx_options;
-#define MOE4_CTX_OPTIONS_INIT {sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL}
+#define MOE4_CTX_OPTIONS_INIT \
+    { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL }
 
 /* Makes a context. Errors: ARGUMENT (an ISA this CPU lacks, an unknown device, half an allocator), MEMORY. As there is no context to
  * ask, the sentence goes to options->log. Destroy waits for nothing: no call may be under way. NULL is ignored. */
@@ -151,11 +152,12 @@ typedef enum moe4_recipe {
 typedef struct moe4_quantize_options {
     size_t struct_size;
     moe4_recipe recipe;
-    const float *global;   /* NULL: from the amax of x; otherwise the recipe's stored number: one, or [rows] with per_row */
-    int per_row;           /* a global scale for each row instead of one for all */
-    int four_over_six;     /* MODELOPT only: s2 = amax/1536 and the better of two scales per block */
+    const float *global; /* NULL: from the amax of x; otherwise the recipe's stored number: one, or [rows] with per_row */
+    int per_row;         /* a global scale for each row instead of one for all */
+    int four_over_six;   /* MODELOPT only: s2 = amax/1536 and the better of two scales per block */
 } moe4_quantize_options;
-#define MOE4_QUANTIZE_OPTIONS_INIT {sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0}
+#define MOE4_QUANTIZE_OPTIONS_INIT \
+    { sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0 }
 
 /* codes[rows, cols/2], scales[rows, cols/16] = quantize(x[rows, cols]); low nibble = even k; scales are linear E4M3 bytes.
  * x is F32, BF16 or F16; cols a multiple of 16; ld as in the conventions. global_ret (or NULL) gets the global scale used, one or
@@ -167,8 +169,8 @@ MOE4_API moe4_status moe4_nvfp4_quantize(moe4_ctx *ctx, uint8_t *codes, uint8_t 
 
 /* y[rows, cols] = the values of codes and scales; `global` as options would store it (one, or [rows] with per_row), y F32, BF16 or F16,
  * rounded once. Errors: ARGUMENT; FORMAT for a scale byte that is NaN or signed (row and block). */
-MOE4_API moe4_status moe4_nvfp4_dequantize(moe4_ctx *ctx, void *y, moe4_dtype y_dtype, size_t y_ld, const uint8_t *codes, const uint8_t *scales,
-                                           size_t rows, size_t cols, const moe4_quantize_options *options);
+MOE4_API moe4_status moe4_nvfp4_dequantize(moe4_ctx *ctx, void *y, moe4_dtype y_dtype, size_t y_ld, const uint8_t *codes,
+                                           const uint8_t *scales, size_t rows, size_t cols, const moe4_quantize_options *options);
 
 /* *amax_ret = largest |x| of x[rows, cols]; a NaN or Inf anywhere makes it NaN or Inf. x is F32, BF16 or F16. 0 for an empty x. */
 MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld);
@@ -177,7 +179,7 @@ MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, mo
 
 /* One matrix W[rows = N, cols = K], borrowed. y[T,N] = x[T,K] @ W^T. K is a multiple of 16 for NVFP4. No alignment is needed. */
 typedef struct moe4_weight {
-    moe4_dtype dtype;     /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32 */
+    moe4_dtype dtype; /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32 */
     size_t rows, cols;
     const void *data;     /* NVFP4: codes [N, K/2]; otherwise [N, K] */
     const uint8_t *scale; /* NVFP4: E4M3 [N, K/16], linear; otherwise NULL */
@@ -188,13 +190,14 @@ typedef struct moe4_weight {
 typedef struct moe4_weight_stats {
     size_t struct_size;
     uint64_t n_blocks;
-    uint64_t n_scale_448;      /* blocks whose scale is the largest, 448 */
-    uint64_t n_scale_pow2;     /* blocks whose scale is a power of two */
+    uint64_t n_scale_448;  /* blocks whose scale is the largest, 448 */
+    uint64_t n_scale_pow2; /* blocks whose scale is a power of two */
     uint64_t n_scale_zero;
-    uint64_t n_scale_bad;      /* NaN or signed */
+    uint64_t n_scale_bad;       /* NaN or signed */
     float scale_min, scale_max; /* over the good ones; 0 when there is none */
 } moe4_weight_stats;
-#define MOE4_WEIGHT_STATS_INIT {sizeof(moe4_weight_stats), 0, 0, 0, 0, 0, 0.f, 0.f}
+#define MOE4_WEIGHT_STATS_INIT \
+    { sizeof(moe4_weight_stats), 0, 0, 0, 0, 0, 0.f, 0.f }
 
 /* Counts over the block scales of an NVFP4 weight. Errors: ARGUMENT (not NVFP4). */
 MOE4_API moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, const moe4_weight *weight);
@@ -268,7 +271,8 @@ typedef struct moe4_router_options {
     moe4_dtype x_dtype;         /* of forward's x: F32, BF16 or F16 */
     size_t x_ld;
 } moe4_router_options;
-#define MOE4_ROUTER_OPTIONS_INIT {sizeof(moe4_router_options), MOE4_ROUTER_NONE, 0, 0, 0, 0, 0, 0, 0.f, MOE4_F32, 0}
+#define MOE4_ROUTER_OPTIONS_INIT \
+    { sizeof(moe4_router_options), MOE4_ROUTER_NONE, 0, 0, 0, 0, 0, 0, 0.f, MOE4_F32, 0 }
 
 typedef struct moe4_model_info {
     size_t struct_size;
@@ -276,12 +280,13 @@ typedef struct moe4_model_info {
     const char *architecture; /* config.json's architectures[0], or "" */
     const char *quantization; /* "modelopt NVFP4", "none", as the tensors say */
     size_t n_layers, hidden, vocab;
-    size_t intermediate;      /* of the dense layers; 0 when there are none */
+    size_t intermediate; /* of the dense layers; 0 when there are none */
     size_t n_experts, moe_intermediate, n_shared_experts;
     moe4_router_options router; /* hidden, n_experts, top_k, … filled in */
     float swiglu_limit;         /* 0: none */
 } moe4_model_info;
-#define MOE4_MODEL_INFO_INIT {sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f}
+#define MOE4_MODEL_INFO_INIT \
+    { sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f }
 
 /* What config.json says, checked. Errors: UNSUPPORTED ("… (found …)"), FORMAT, ARGUMENT. */
 MOE4_API moe4_status moe4_checkpoint_info(const moe4_checkpoint *ckpt, moe4_model_info *info_ret);
@@ -299,7 +304,8 @@ MOE4_API moe4_status moe4_checkpoint_layer_kind(const moe4_checkpoint *ckpt, moe
  * Errors: NOT_FOUND, FORMAT (both or neither of two formats' companions, a wrong shape: both shapes), UNSUPPORTED. */
 MOE4_API moe4_status moe4_checkpoint_weight(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, const char *module);
 /* The same for an expert's projection, shapes checked against config.json. */
-MOE4_API moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert, moe4_proj proj);
+MOE4_API moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert,
+                                            moe4_proj proj);
 /* The router of a layer: gate [E,H] and bias [E] F32 or NULL (n_experts elements, data as stored). */
 MOE4_API moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer);
 
@@ -310,8 +316,8 @@ typedef int (*moe4_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_
 /* Reads every byte: companions, shapes, dtypes, scale bytes, global and input scales, non-finite bf16/f16/f32 values, and that every
  * layer has the experts, router, norms and attention that config.json promises. *n_problems_ret counts; the status is MOE4_OK when
  * the check itself could be done. Memory stays bounded: mapped pages are dropped behind. */
-MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_ret, moe4_problem_fn problem, moe4_progress_fn progress,
-                                            void *user);
+MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_ret, moe4_problem_fn problem,
+                                            moe4_progress_fn progress, void *user);
 
 /* ---- router ------------------------------------------------------------------------------------------------------------------- */
 
@@ -351,16 +357,17 @@ typedef struct moe4_moe_options {
     size_t n_local;      /* 0: all from first_expert on */
     size_t top_k;        /* ids per token */
     moe4_act act;
-    float swiglu_limit;  /* 0: none; L: gate = min(g, L), up = clamp(u, -L, L) */
-    int with_shared;     /* from a checkpoint: add the layer's shared expert */
+    float swiglu_limit;        /* 0: none; L: gate = min(g, L), up = clamp(u, -L, L) */
+    int with_shared;           /* from a checkpoint: add the layer's shared expert */
     const moe4_expert *shared; /* create: a shared expert every token visits with weight 1, its own intermediate size; or NULL */
-    moe4_dtype x_dtype;  /* F32, BF16 or F16 */
+    moe4_dtype x_dtype;        /* F32, BF16 or F16 */
     size_t x_ld;
-    moe4_dtype y_dtype;  /* F32 or BF16 */
+    moe4_dtype y_dtype; /* F32 or BF16 */
     size_t y_ld;
     moe4_dtype ids_dtype; /* I32 or I64 */
 } moe4_moe_options;
-#define MOE4_MOE_OPTIONS_INIT {sizeof(moe4_moe_options), 0, 0, 0, 0, MOE4_ACT_DEFAULT, 0.f, 0, NULL, MOE4_BF16, 0, MOE4_BF16, 0, MOE4_I32}
+#define MOE4_MOE_OPTIONS_INIT \
+    { sizeof(moe4_moe_options), 0, 0, 0, 0, MOE4_ACT_DEFAULT, 0.f, 0, NULL, MOE4_BF16, 0, MOE4_BF16, 0, MOE4_I32 }
 
 /* A layer from n_local experts' pointers; the struct array is copied, the weights it points to stay borrowed until destroy.
  * Errors: ARGUMENT (the expert and both numbers), MEMORY. */
@@ -402,14 +409,19 @@ MOE4_API const char *moe4_stage_name(moe4_stage stage);
 typedef struct moe4_moe_report {
     size_t struct_size;
     uint64_t n_tokens;
-    uint64_t n_slots;            /* routed slots that ran here */
-    uint64_t n_experts_hit;      /* distinct local experts with a slot */
-    uint64_t weight_bytes;       /* codes and scales of those experts (and the shared one) */
-    uint64_t n_saturated_blocks; /* activation blocks, per slot, whose scale was past what E4M3 holds */
-    uint64_t n_nonfinite_rows;   /* rows of x with a NaN or Inf */
+    uint64_t n_slots;              /* routed slots that ran here */
+    uint64_t n_experts_hit;        /* distinct local experts with a slot */
+    uint64_t weight_bytes;         /* codes and scales of those experts (and the shared one) */
+    uint64_t n_saturated_blocks;   /* activation blocks, per slot, whose scale was past what E4M3 holds */
+    uint64_t n_nonfinite_rows;     /* rows of x with a NaN or Inf */
     double seconds[MOE4_N_STAGES]; /* wall time, CPU only */
 } moe4_moe_report;
-#define MOE4_MOE_REPORT_INIT {sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, {0}}
+#define MOE4_MOE_REPORT_INIT                         \
+    {                                                \
+        sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, { \
+            0                                        \
+        }                                            \
+    }
 
 /* What the last forward with this workspace did; tokens_per_expert [n_local] or NULL. On a device it waits for the stream. */
 MOE4_API moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,
@@ -426,7 +438,8 @@ typedef struct moe4_linear_options {
     size_t x_ld;
     moe4_dtype y_dtype; /* F32 or BF16; contiguous [T, N_i] each */
 } moe4_linear_options;
-#define MOE4_LINEAR_OPTIONS_INIT {sizeof(moe4_linear_options), MOE4_ACT_DEFAULT, MOE4_F32, 0, MOE4_F32}
+#define MOE4_LINEAR_OPTIONS_INIT \
+    { sizeof(moe4_linear_options), MOE4_ACT_DEFAULT, MOE4_F32, 0, MOE4_F32 }
 
 /* n_weights >= 1 matrices [N_i, K] of one format that share an input (q, k and v; gate and up): it is rounded once, in `static` with the
  * largest of their input scales. The structs are copied, what they point to stays borrowed. Errors: ARGUMENT, MEMORY. */
@@ -436,8 +449,8 @@ MOE4_API void moe4_linear_destroy(moe4_linear *linear);
 MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size_t *bytes_ret, size_t n_tokens);
 /* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's. n_saturated_ret (or NULL; host memory) counts
  * saturated blocks of x, once for all matrices. */
-MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x, size_t n_tokens,
-                                         const moe4_workspace *workspace, void *stream);
+MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x,
+                                         size_t n_tokens, const moe4_workspace *workspace, void *stream);
 
 #ifdef __cplusplus
 }

@@ -122,8 +122,10 @@ moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options)
     moe4_ctx start = {.alloc = default_alloc, .free = default_free, .log = o.log, .log_user = o.log_user};
     MOE4_CHECK(&start, known, MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is set that moe4 %s lacks", moe4_version());
     MOE4_CHECK(&start, !o.alloc == !o.free, MOE4_ERROR_ARGUMENT, "options: alloc and free go together");
-    MOE4_CHECK(&start, !o.device || strcmp(o.device, "cpu") == 0, MOE4_ERROR_ARGUMENT, "options.device: \"%s\" (this build has: cpu)", o.device);
-    MOE4_CHECK(&start, o.n_threads <= MOE4_MAX_THREADS, MOE4_ERROR_ARGUMENT, "options.n_threads: %zu, at most %d", o.n_threads, MOE4_MAX_THREADS);
+    MOE4_CHECK(&start, !o.device || strcmp(o.device, "cpu") == 0, MOE4_ERROR_ARGUMENT, "options.device: \"%s\" (this build has: cpu)",
+               o.device);
+    MOE4_CHECK(&start, o.n_threads <= MOE4_MAX_THREADS, MOE4_ERROR_ARGUMENT, "options.n_threads: %zu, at most %d", o.n_threads,
+               MOE4_MAX_THREADS);
     if (o.alloc) {
         start.alloc = o.alloc;
         start.free = o.free;

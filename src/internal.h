@@ -33,14 +33,14 @@ void moe4_begin(const moe4_ctx *ctx);
 moe4_status moe4_errors_init(moe4_ctx *ctx);
 void moe4_errors_free(moe4_ctx *ctx);
 
-#define MOE4_CHECK(ctx, cond, status, ...)                                                                                                 \
-    do {                                                                                                                                   \
-        if (!(cond)) return moe4_fail(ctx, status, __VA_ARGS__);                                                                           \
+#define MOE4_CHECK(ctx, cond, status, ...)                       \
+    do {                                                         \
+        if (!(cond)) return moe4_fail(ctx, status, __VA_ARGS__); \
     } while (0)
-#define MOE4_TRY(expr)                                                                                                                     \
-    do {                                                                                                                                   \
-        moe4_status try_status = (expr);                                                                                                   \
-        if (try_status != MOE4_OK) return try_status;                                                                                      \
+#define MOE4_TRY(expr)                                \
+    do {                                              \
+        moe4_status try_status = (expr);              \
+        if (try_status != MOE4_OK) return try_status; \
     } while (0)
 
 /* n * size bytes from the context's allocator, 64-byte aligned and zeroed; NULL with the error recorded as MEMORY ("what: n x size

@@ -1,5 +1,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-void moe4_kernels_gemm_avx2(struct moe4_kernels *k) { (void)k; }
+void moe4_kernels_gemm_avx2(struct moe4_kernels *k) {
+    (void)k;
+}
 #endif

@@ -9,6 +9,8 @@
 
 #include "moe4.h"
 
+struct moe4_kernels;
+
 /* A recipe with its global scale, ready for rows: nvfp4.c fills it, quantize_row reads it. Order of operations: docs/numerics.md. */
 struct moe4_quantizer {
     moe4_recipe recipe;
@@ -16,10 +18,36 @@ struct moe4_quantizer {
     float global; /* the stored number: s2, S or gs */
 };
 
-/* Rows of activations as the products read them: [n][K] fp32. */
-struct moe4_rows {
-    const float *const *row; /* [n] pointers to K floats */
-    size_t n;
+/* A weight matrix as a product reads it. */
+struct moe4_matrix {
+    moe4_weight w;      /* rows N, cols K */
+    const void *packed; /* what moe4_gemm.pack made; NULL where packed_bytes is 0 */
+};
+
+/* What an activation row is rounded to before its product. */
+struct moe4_rounding {
+    moe4_act act; /* W4A16, BF16 (as it is), or one of the NVFP4 modes */
+    float S;      /* NVFP4 modes: encode scale of recipe `activation`; 0: from the row's own amax (TOKEN) */
+};
+
+/* A family of products y = x @ W^T: how it wants weights and activation rows, and the product itself. The order of summation of one
+ * element depends on K alone, never on n_rows, col0 or n_cols: that is what makes results independent of batch and threads. */
+struct moe4_gemm {
+    const char *name;
+    size_t tile_cols; /* col0 and n_cols are multiples of this, but for the last columns of a matrix */
+
+    /* Bytes of the packed form of w (64-byte aligned); 0: read in place. pack writes columns (rows of W) [col0, col0 + n_cols). */
+    size_t (*packed_bytes)(const moe4_weight *w);
+    void (*pack)(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
+
+    /* Bytes of a packed activation row of k elements, a multiple of 64. pack_row rounds x[k] (finite) into it; the value is what the row
+     * holds times *factor_ret. Returns the number of saturated blocks. */
+    size_t (*row_bytes)(size_t k);
+    uint64_t (*pack_row)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                         const struct moe4_rounding *rounding);
+
+    /* y[m * y_ld + j] = row m . W[col0 + j], j < n_cols, without any global scale or factor. */
+    void (*gemm)(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols);
 };
 
 struct moe4_kernels {
@@ -38,8 +66,10 @@ struct moe4_kernels {
 
     /* h[n] = g * sigmoid(g) * u with the clamp of `limit` (0: none); NaN stays. h may be g. */
     void (*swiglu_row)(float *h, const float *g, const float *u, size_t n, float limit);
-    /* y[m][0..n_cols) (row stride y_ld) = sum over k of x.row[m][k] * W[col0 + j][k], without global scales. */
-    void (*gemm)(float *y, size_t y_ld, const struct moe4_rows *x, const moe4_weight *w, size_t col0, size_t n_cols);
+
+    const struct moe4_gemm *w4a4;  /* NVFP4 weights, NVFP4 activations */
+    const struct moe4_gemm *w4a16; /* NVFP4 weights, bf16 activations */
+    const struct moe4_gemm *wide;  /* bf16, f16 or fp32 weights, fp32 activations */
 };
 
 /* Fills the table for the ISAs in `mask` (MOE4_ISA_ bits, all of them present on this CPU). */
