@@ -28,6 +28,7 @@ struct moe4_matrix {
 struct moe4_rounding {
     moe4_act act; /* W4A16, BF16 (as it is), or one of the NVFP4 modes */
     float S;      /* NVFP4 modes: encode scale of recipe `activation`; 0: from the row's own amax (TOKEN) */
+    float decode; /* what S decodes by: 1/S, in STATIC the input_scale itself; unused when S is 0 */
 };
 
 /* A family of products y = x @ W^T: how it wants weights and activation rows, and the product itself. The order of summation of one
