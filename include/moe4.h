@@ -91,6 +91,10 @@ MOE4_API size_t moe4_ctx_n_threads(const moe4_ctx *ctx);
 /* The ISA in use ("avx2") and why that one ("best of scalar, avx2 on this CPU"); owned by the context. */
 MOE4_API const char *moe4_ctx_isa(const moe4_ctx *ctx);
 MOE4_API const char *moe4_ctx_isa_reason(const moe4_ctx *ctx);
+/* fn(arg, task) once for each task < n_tasks on the context's threads, the calling one among them; returns when all are done. For what an
+ * engine computes between layers, without a second pool. Which thread takes which task is not fixed: tasks write to places of their own. */
+typedef void (*moe4_task_fn)(void *arg, size_t task);
+MOE4_API void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg);
 /* The isa_mask for a name as moe4_ctx_isa gives it: that ISA and all below. 0 for an unknown name. */
 MOE4_API uint32_t moe4_isa_mask(const char *name);
 

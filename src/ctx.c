@@ -163,3 +163,7 @@ const char *moe4_ctx_isa(const moe4_ctx *ctx) {
 const char *moe4_ctx_isa_reason(const moe4_ctx *ctx) {
     return ctx->isa_reason;
 }
+
+void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg) {
+    moe4_pool_run(ctx->pool, n_tasks, fn, arg);
+}

@@ -10,7 +10,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "cpu/pool.h"
 #include "internal.h"
 
 static char logged[512];
@@ -95,7 +94,7 @@ static void count_task(void *arg, size_t task) {
 static void *run_jobs(void *arg) {
     moe4_ctx *ctx = arg;
     struct count *c = calloc(1, sizeof *c);
-    for (int round = 0; round < 200; round++) moe4_pool_run(ctx->pool, 1 + (size_t)round * 5 % 1000, count_task, c);
+    for (int round = 0; round < 200; round++) moe4_parallel_for(ctx, 1 + (size_t)round * 5 % 1000, count_task, c);
     for (int i = 0, n = 0; i < 1000; i++, n = 0) {
         for (int round = 0; round < 200; round++) n += i < 1 + round * 5 % 1000;
         assert_int_equal(c->done[i], n);

@@ -7,7 +7,6 @@
 enum { MOE4_MAX_THREADS = 1024 };
 
 struct moe4_pool;
-typedef void (*moe4_task_fn)(void *arg, size_t task);
 
 /* n_threads counts the caller of moe4_pool_run: n_threads - 1 threads are started. */
 moe4_status moe4_pool_create(struct moe4_pool **pool_ret, const moe4_ctx *ctx, size_t n_threads);
