@@ -1,0 +1,41 @@
+/* The command-line program: a table of commands. What each does is its cmd_NAME.c. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "cli.h"
+
+static const struct cli_command commands[] = {
+    {NULL, NULL, NULL},
+};
+
+static void print_usage(FILE *to) {
+    fprintf(to, "Usage: moe4 COMMAND ...\n\n"
+                "Runs NVFP4 checkpoints' linear and mixture-of-experts layers.\n\nCommands:\n");
+    for (const struct cli_command *c = commands; c->name; c++) fprintf(to, "  %-10s %s\n", c->name, c->summary);
+    fprintf(to, "\nmoe4 COMMAND --help explains a command, with examples; moe4 --version prints the version.\n");
+}
+
+static int run(int argc, char **argv) {
+    const char *name = argc > 1 ? argv[1] : "";
+    for (const struct cli_command *c = commands; c->name; c++)
+        if (strcmp(name, c->name) == 0) return c->run(argc - 1, argv + 1);
+    if (strcmp(name, "--version") == 0) {
+        printf("moe4 %s\n", moe4_version());
+        return CLI_FINE;
+    }
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
+        print_usage(stdout);
+        return CLI_FINE;
+    }
+    if (argc > 1) return cli_error(CLI_BAD_USAGE, name, "unknown command (see moe4 --help)");
+    print_usage(stderr);
+    return CLI_BAD_USAGE;
+}
+
+int main(int argc, char **argv) {
+    int status = run(argc, argv);
+    errno = 0;
+    int failed = fflush(stdout) != 0 || ferror(stdout); /* a full disk shows here at the latest */
+    return failed ? cli_error(CLI_BAD_DATA, "standard output", "%s", errno ? strerror(errno) : "cannot be written") : status;
+}
