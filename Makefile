@@ -1,0 +1,38 @@
+# A thin front over CMake. Options go the same way: make BUILD=build-clang CMAKE_FLAGS=-DCMAKE_C_COMPILER=clang
+#
+#   make          build/moe4, build/libmoe4.so and build/libmoe4.a, from what is installed
+#   make check    installs what is missing, then builds and runs all tests
+#   make install  to PREFIX (/usr/local), below DESTDIR
+#   make format   clang-format over the tree
+BUILD ?= build
+PREFIX ?= /usr/local
+CMAKE_FLAGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+# Asked for when the build folder is made; what it has later stays.
+FIRST = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-DMOE4_TESTS=OFF $(if $(shell command -v ninja),-G Ninja))
+CONFIGURE = cmake -S . -B $(BUILD) $(FIRST) $(CMAKE_FLAGS) -Wno-dev --log-level=WARNING
+SOURCES = $(shell git ls-files '*.c' '*.h')
+
+all:
+	@command -v cmake >/dev/null || { echo "make: cmake is not installed (scripts/install-deps build installs what is missing)" >&2; exit 1; }
+	@$(CONFIGURE) >/dev/null
+	@cmake --build $(BUILD) -j $(JOBS)
+
+check:
+	@scripts/install-deps check
+	@scripts/make-venv $(BUILD)/venv
+	@$(CONFIGURE) -DMOE4_TESTS=ON >/dev/null
+	@cmake --build $(BUILD) -j $(JOBS)
+	@ctest --test-dir $(BUILD) --output-on-failure
+
+install: all
+	cmake --install $(BUILD) --prefix $(DESTDIR)$(PREFIX)
+
+format:
+	clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all check install format clean
