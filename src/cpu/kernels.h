@@ -16,6 +16,7 @@ struct moe4_quantizer {
     moe4_recipe recipe;
     int four_over_six;
     float global; /* the stored number: s2, S or gs */
+    float amax;   /* MODELOPT_STATIC: A */
 };
 
 /* A weight matrix as a product reads it. */

@@ -6,6 +6,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "fpenv.h"
+
 /* Lives on its caller's stack while it runs. */
 struct job {
     struct job *next;
@@ -39,6 +41,7 @@ static void unlink_job(struct moe4_pool *pool, const struct job *job) {
 
 static void *worker(void *arg) {
     struct moe4_pool *pool = arg;
+    moe4_fpenv_enter(); /* for life: a thread inherits its creator's settings */
     pthread_mutex_lock(&pool->lock);
     while (!pool->stop) {
         struct job *job = pool->jobs;

@@ -1,0 +1,382 @@
+/* The NVFP4 format in public: conversions of one number, then quantize, dequantize and amax of matrices. */
+#include "nvfp4.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "cpu/fpenv.h"
+#include "cpu/kernels.h"
+#include "internal.h"
+
+/* ---- one number: integer arithmetic only, so that no floating-point setting of the caller matters ---- */
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* m / 2^shift to nearest, ties to even. */
+static uint32_t shift_rne(uint32_t m, unsigned shift) {
+    if (shift == 0) return m;
+    if (shift > 25) return 0; /* m < 2^24: less than half */
+    uint32_t odd = m >> shift & 1;
+    return (m + (1u << (shift - 1)) - 1 + odd) >> shift;
+}
+
+/* A finite fp32 magnitude (its bits) as a float of `mantissa` bits with this exponent bias, to nearest even, subnormals included. What
+ * exceeds the format runs on past its largest code. */
+static uint32_t round_magnitude(uint32_t bits, unsigned mantissa, unsigned bias) {
+    unsigned exponent = bits >> 23, least_normal = 128 - bias; /* exponents as fp32 writes them */
+    if (exponent >= least_normal) return shift_rne(bits, 23 - mantissa) - ((127 - bias) << mantissa);
+    if (exponent == 0)
+        return 0; /* zero or an fp32 subnormal: all formats here but bf16, which has no exponents below fp32's, end far above */
+    return shift_rne((bits & 0x7fffff) | 0x800000, 23 - mantissa + least_normal - exponent);
+}
+
+/* The value of a magnitude code of such a format. */
+static float value_of(uint32_t code, unsigned mantissa, unsigned bias) {
+    uint32_t exponent = code >> mantissa, fraction = code & ((1u << mantissa) - 1);
+    if (exponent) return float_of((code << (23 - mantissa)) + ((127 - bias) << 23));
+    unsigned shift = 0; /* a subnormal is a normal number in fp32: move its leading bit to the implicit place */
+    if (!fraction) return 0;
+    while (!(fraction >> mantissa)) fraction <<= 1, shift++;
+    return float_of(((128 - bias - shift) << 23) + ((fraction & ((1u << mantissa) - 1)) << (23 - mantissa)));
+}
+
+static float with_sign(float magnitude, uint32_t sign) {
+    return float_of(bits_of(magnitude) | (sign ? 0x80000000 : 0));
+}
+
+uint8_t moe4_e2m1_from_float(float x) {
+    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return 7; /* NaN */
+    uint32_t code = magnitude > 0x40c00000 ? 7 : round_magnitude(magnitude, 1, 1);
+    return (uint8_t)(code | (bits >> 31 << 3));
+}
+
+float moe4_e2m1_to_float(uint8_t code) {
+    return with_sign(value_of(code & 7, 1, 1), code & 8);
+}
+
+uint8_t moe4_e4m3_from_float(float x) {
+    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, code;
+    if (magnitude > 0x7f800000) {
+        code = 0x7f; /* NaN */
+    } else {
+        code = magnitude > 0x43e00000 ? 0x7e : round_magnitude(magnitude, 3, 7);
+    }
+    return (uint8_t)(code | (bits >> 31 << 7));
+}
+
+float moe4_e4m3_to_float(uint8_t byte) {
+    if ((byte & 0x7f) == 0x7f) return with_sign(float_of(0x7fc00000), byte & 0x80);
+    return with_sign(value_of(byte & 0x7f, 3, 7), byte & 0x80);
+}
+
+uint16_t moe4_bf16_from_float(float x) {
+    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* a quiet NaN, what is left of its payload kept */
+    return (uint16_t)(shift_rne(magnitude, 16) | (bits >> 16 & 0x8000));
+}
+
+float moe4_bf16_to_float(uint16_t bits) {
+    return float_of((uint32_t)bits << 16);
+}
+
+uint16_t moe4_f16_from_float(float x) {
+    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, code;
+    if (magnitude > 0x7f800000) {
+        code = 0x7e00 | (magnitude >> 13 & 0x3ff);
+    } else {
+        code = magnitude >= 0x47800000 ? 0x7c00 : round_magnitude(magnitude, 10, 15); /* from 2^16 on: infinity */
+    }
+    return (uint16_t)(code | (bits >> 16 & 0x8000));
+}
+
+float moe4_f16_to_float(uint16_t bits) {
+    uint32_t code = bits & 0x7fff;
+    if (code < 0x7c00) return with_sign(value_of(code, 10, 15), bits & 0x8000);
+    uint32_t fraction = code & 0x3ff;
+    return with_sign(float_of(0x7f800000 | (fraction ? 0x400000 : 0) | fraction << 13), bits & 0x8000);
+}
+
+float moe4_nvfp4_global(moe4_recipe recipe, float amax, int four_over_six) {
+    if (amax == 0) return 1;
+    if (recipe == MOE4_RECIPE_MODELOPT || recipe == MOE4_RECIPE_MODELOPT_STATIC) {
+        float s2 = amax / (four_over_six ? 1536.f : 2688.f);
+        return s2 > 0 ? s2 : 0x1p-149f;
+    }
+    float s = 2688.f / amax;
+    return s < FLT_MAX ? s : FLT_MAX;
+}
+
+/* ---- matrices, in pieces of rows ---- */
+
+enum { PIECE = 2048, TASK_ELEMENTS = 1 << 16 }; /* PIECE: a multiple of MOE4_BLOCK; a widened one lives on the stack */
+
+struct matrix_job {
+    moe4_ctx *ctx;
+    const void *x; /* amax, quantize */
+    void *y;       /* dequantize */
+    moe4_dtype dtype;
+    size_t rows, cols, ld;
+    moe4_quantize_options o;
+    uint8_t *codes, *scales;
+    _Atomic uint32_t *amax; /* one, or [rows] with o.per_row: the bits of non-negative floats order as the floats, NaN last */
+    _Atomic uint64_t n_saturated;
+    atomic_bool bad;
+    void (*piece)(struct matrix_job *job, size_t row, size_t col, size_t n);
+    size_t row_pieces, task_pieces;
+};
+
+static void run_task(void *arg, size_t task) {
+    struct matrix_job *job = arg;
+    size_t n_pieces = job->rows * job->row_pieces, i = task * job->task_pieces;
+    for (size_t end = n_pieces - i < job->task_pieces ? n_pieces : i + job->task_pieces; i < end; i++) {
+        size_t col = i % job->row_pieces * PIECE, left = job->cols - col;
+        job->piece(job, i / job->row_pieces, col, left < PIECE ? left : PIECE);
+    }
+}
+
+static void run_pieces(struct matrix_job *job, void (*piece)(struct matrix_job *job, size_t row, size_t col, size_t n)) {
+    if (job->rows == 0 || job->cols == 0) return;
+    job->piece = piece;
+    job->row_pieces = (job->cols - 1) / PIECE + 1;
+    job->task_pieces = TASK_ELEMENTS / (job->cols < PIECE ? job->cols : PIECE);
+    moe4_parallel_for(job->ctx, (job->rows * job->row_pieces - 1) / job->task_pieces + 1, run_task, job);
+}
+
+/* The matrix beside its ctx: dtype, pointer, ld, and that its size is one. */
+static moe4_status check_matrix(struct matrix_job *job, const void *data, const char *what) {
+    moe4_ctx *ctx = job->ctx;
+    size_t bytes;
+    MOE4_CHECK(ctx, job->dtype == MOE4_F32 || job->dtype == MOE4_BF16 || job->dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
+               "%s: dtype %d, need F32, BF16 or F16", what, (int)job->dtype);
+    if (job->ld == 0) job->ld = job->cols;
+    MOE4_CHECK(ctx, job->ld >= job->cols, MOE4_ERROR_ARGUMENT, "%s: leading dimension %zu, need at least %zu columns", what, job->ld,
+               job->cols);
+    MOE4_CHECK(ctx, moe4_mul(&bytes, job->rows, job->ld) && moe4_mul(&bytes, bytes, 4), MOE4_ERROR_ARGUMENT,
+               "%s: %zu x %zu elements do not fit in memory", what, job->rows, job->ld);
+    MOE4_CHECK(ctx, data || job->rows == 0 || job->cols == 0, MOE4_ERROR_ARGUMENT, "%s is NULL", what);
+    return MOE4_OK;
+}
+
+/* x[row, col..col+n) as fp32: in place or widened into buf. */
+static const float *piece_of_x(const struct matrix_job *job, float buf[PIECE], size_t row, size_t col, size_t n) {
+    size_t at = row * job->ld + col;
+    if (job->dtype == MOE4_F32) return (const float *)job->x + at;
+    job->ctx->kernels->widen_row(buf, (const uint16_t *)job->x + at, job->dtype, n);
+    return buf;
+}
+
+static void amax_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
+    float buf[PIECE];
+    uint32_t bits = bits_of(job->ctx->kernels->amax_row(piece_of_x(job, buf, row, col, n), n));
+    _Atomic uint32_t *most = &job->amax[job->o.per_row ? row : 0];
+    uint32_t seen = atomic_load_explicit(most, memory_order_relaxed);
+    while (bits > seen && !atomic_compare_exchange_weak_explicit(most, &seen, bits, memory_order_relaxed, memory_order_relaxed)) {
+    }
+}
+
+static moe4_status amax(struct matrix_job *job, float *amax_ret) {
+    _Atomic uint32_t most = 0;
+    MOE4_CHECK(job->ctx, amax_ret, MOE4_ERROR_ARGUMENT, "amax_ret is NULL");
+    MOE4_TRY(check_matrix(job, job->x, "x"));
+    job->amax = &most;
+    run_pieces(job, amax_piece);
+    *amax_ret = float_of(most);
+    return MOE4_OK;
+}
+
+/* ---- options and globals ---- */
+
+static moe4_status read_options(struct matrix_job *job, const moe4_quantize_options *options) {
+    moe4_ctx *ctx = job->ctx;
+    job->o = (moe4_quantize_options)MOE4_QUANTIZE_OPTIONS_INIT;
+    MOE4_CHECK(ctx, moe4_options_read(&job->o, sizeof job->o, options), MOE4_ERROR_ARGUMENT,
+               "options: struct_size is wrong, or a field is set that moe4 %s lacks", moe4_version());
+    MOE4_CHECK(ctx, (unsigned)job->o.recipe <= MOE4_RECIPE_COMPRESSED_TENSORS, MOE4_ERROR_ARGUMENT, "options.recipe: %d, there are 0 to %d",
+               (int)job->o.recipe, (int)MOE4_RECIPE_COMPRESSED_TENSORS);
+    MOE4_CHECK(ctx, !job->o.four_over_six || job->o.recipe == MOE4_RECIPE_MODELOPT, MOE4_ERROR_ARGUMENT,
+               "options.four_over_six: recipe %d lacks it, only %d has it", (int)job->o.recipe, (int)MOE4_RECIPE_MODELOPT);
+    MOE4_CHECK(ctx, job->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT, "cols: %zu, need a multiple of %d", job->cols, MOE4_BLOCK);
+    for (size_t i = 0; job->o.global && i < (job->o.per_row ? job->rows : 1); i++) {
+        float g = job->o.global[i];
+        MOE4_CHECK(ctx, g > 0 && g <= FLT_MAX, MOE4_ERROR_ARGUMENT, "options.global[%zu]: %g, need a positive finite number", i, g);
+        MOE4_CHECK(ctx, job->o.recipe != MOE4_RECIPE_ACTIVATION || 1.f / g <= FLT_MAX, MOE4_ERROR_ARGUMENT,
+                   "options.global[%zu]: %g, and 1/%g is not finite", i, g, g);
+        MOE4_CHECK(ctx, job->o.recipe != MOE4_RECIPE_MODELOPT_STATIC || 2688.f * g <= FLT_MAX, MOE4_ERROR_ARGUMENT,
+                   "options.global[%zu]: %g, and 2688*%g is not finite", i, g, g);
+    }
+    return MOE4_OK;
+}
+
+static struct moe4_quantizer row_quantizer(const struct matrix_job *job, size_t row) {
+    size_t i = job->o.per_row ? row : 0;
+    struct moe4_quantizer z = {.recipe = job->o.recipe, .four_over_six = job->o.four_over_six};
+    if (job->o.global) {
+        z.global = job->o.global[i];
+        z.amax = 2688.f * z.global;
+    } else {
+        z.amax = float_of(job->amax[i]);
+        z.global = moe4_nvfp4_global(z.recipe, z.amax, z.four_over_six);
+        if (z.amax == 0) z.amax = 2688; /* what the s2 of an all-zero tensor stands for */
+    }
+    return z;
+}
+
+/* ---- quantize ---- */
+
+static void quantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
+    float buf[PIECE];
+    size_t at = row * job->cols + col;
+    const struct moe4_quantizer z = row_quantizer(job, row);
+    const float *x = piece_of_x(job, buf, row, col, n);
+    uint64_t n_saturated = job->ctx->kernels->quantize_row(job->codes + at / 2, job->scales + at / MOE4_BLOCK, x, n, &z);
+    if (n_saturated) atomic_fetch_add_explicit(&job->n_saturated, n_saturated, memory_order_relaxed);
+}
+
+/* The first NaN or Inf of x, by row and column. */
+static moe4_status fail_nonfinite(const struct matrix_job *job) {
+    float buf[PIECE];
+    for (size_t row = 0; row < job->rows; row++)
+        for (size_t col = 0, n; col < job->cols; col += n) {
+            n = job->cols - col < PIECE ? job->cols - col : PIECE;
+            const float *x = piece_of_x(job, buf, row, col, n);
+            for (size_t i = 0; i < n; i++)
+                if (!isfinite(x[i]))
+                    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "x: row %zu column %zu is %s; only finite numbers can be quantized", row,
+                                     col + i, isnan(x[i]) ? "NaN" : "infinite");
+        }
+    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "x: changed while it was read");
+}
+
+static moe4_status quantize_checked(struct matrix_job *job, float *global_ret) {
+    size_t n_globals = job->o.per_row ? job->rows : 1;
+    run_pieces(job, amax_piece);
+    for (size_t i = 0; i < n_globals; i++)
+        if (job->amax[i] >= 0x7f800000) return fail_nonfinite(job);
+    run_pieces(job, quantize_piece);
+    for (size_t i = 0; global_ret && i < n_globals; i++) global_ret[i] = row_quantizer(job, i).global;
+    return MOE4_OK;
+}
+
+static moe4_status quantize(struct matrix_job *job, float *global_ret, uint64_t *n_saturated_ret, const moe4_quantize_options *options) {
+    moe4_ctx *ctx = job->ctx;
+    MOE4_TRY(read_options(job, options));
+    MOE4_TRY(check_matrix(job, job->x, "x"));
+    MOE4_CHECK(ctx, (job->codes && job->scales) || job->rows == 0 || job->cols == 0, MOE4_ERROR_ARGUMENT, "%s is NULL",
+               job->codes ? "scales" : "codes");
+    job->amax = moe4_calloc(ctx, job->o.per_row ? job->rows : 1, sizeof *job->amax, "row amaxes");
+    if (!job->amax) return MOE4_ERROR_MEMORY;
+    moe4_status status = quantize_checked(job, global_ret);
+    moe4_free(ctx, (void *)job->amax);
+    if (status == MOE4_OK && n_saturated_ret) *n_saturated_ret = job->n_saturated;
+    return status;
+}
+
+/* ---- dequantize ---- */
+
+static void check_scales_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
+    const uint8_t *scales = job->scales + (row * job->cols + col) / MOE4_BLOCK;
+    bool bad = false;
+    for (size_t i = 0; i < n / MOE4_BLOCK; i++) bad |= scales[i] > 0x7e;
+    if (bad) atomic_store_explicit(&job->bad, true, memory_order_relaxed);
+}
+
+static moe4_status fail_bad_scale(const struct matrix_job *job) {
+    size_t row_blocks = job->cols / MOE4_BLOCK, i = 0;
+    while (i < job->rows * row_blocks - 1 && job->scales[i] <= 0x7e) i++;
+    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: row %zu block %zu is 0x%02x, %s; need 0x00 to 0x7e", i / row_blocks,
+                     i % row_blocks, job->scales[i], (job->scales[i] & 0x7f) == 0x7f ? "a NaN" : "signed");
+}
+
+/* d in fp32, rounded to odd: inexact results get an odd last bit, so that rounding them again to 11 bits or fewer is as good as rounding
+ * d once. */
+static float round_to_odd(double d) {
+    float f = (float)d;
+    uint32_t bits = bits_of(f);
+    if ((double)f == d) return f;
+    if (fabs((double)f) > fabs(d)) bits--; /* towards zero */
+    return float_of(bits | 1);
+}
+
+static void dequantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
+    const struct moe4_kernels *k = job->ctx->kernels;
+    float buf[PIECE];
+    size_t at = row * job->cols + col, y_at = row * job->ld + col;
+    const uint8_t *codes = job->codes + at / 2, *scales = job->scales + at / MOE4_BLOCK;
+    float global = job->o.global[job->o.per_row ? row : 0];
+    bool divides = job->o.recipe == MOE4_RECIPE_COMPRESSED_TENSORS;
+    if (job->o.recipe == MOE4_RECIPE_ACTIVATION) global = 1.f / global;
+    if (job->dtype == MOE4_F32) {
+        float *y = (float *)job->y + y_at;
+        k->dequant_row(y, codes, scales, n, divides ? 1.f : global);
+        for (size_t i = 0; divides && i < n; i++) y[i] /= global;
+        return;
+    }
+    k->dequant_row(buf, codes, scales, n, 1.f); /* exact */
+    for (size_t i = 0; i < n; i++) buf[i] = round_to_odd(divides ? (double)buf[i] / global : (double)buf[i] * global);
+    k->narrow_row((uint16_t *)job->y + y_at, job->dtype, buf, n);
+}
+
+static moe4_status dequantize(struct matrix_job *job, const moe4_quantize_options *options) {
+    moe4_ctx *ctx = job->ctx;
+    MOE4_TRY(read_options(job, options));
+    MOE4_CHECK(ctx, job->o.global, MOE4_ERROR_ARGUMENT, "options.global is NULL: codes and scales have no value without it");
+    MOE4_TRY(check_matrix(job, job->y, "y"));
+    MOE4_CHECK(ctx, (job->codes && job->scales) || job->rows == 0 || job->cols == 0, MOE4_ERROR_ARGUMENT, "%s is NULL",
+               job->codes ? "scales" : "codes");
+    run_pieces(job, check_scales_piece);
+    if (job->bad) return fail_bad_scale(job);
+    run_pieces(job, dequantize_piece);
+    return MOE4_OK;
+}
+
+/* ---- public ---- */
+
+moe4_status moe4_nvfp4_quantize(moe4_ctx *ctx, uint8_t *codes, uint8_t *scales, float *global_ret, uint64_t *n_saturated_ret, const void *x,
+                                moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld, const moe4_quantize_options *options) {
+    struct matrix_job job = {
+        .ctx = ctx, .x = x, .dtype = x_dtype, .rows = rows, .cols = cols, .ld = x_ld, .codes = codes, .scales = scales};
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_begin(ctx);
+    moe4_status status = quantize(&job, global_ret, n_saturated_ret, options);
+    moe4_fpenv_leave(env);
+    return status;
+}
+
+moe4_status moe4_nvfp4_dequantize(moe4_ctx *ctx, void *y, moe4_dtype y_dtype, size_t y_ld, const uint8_t *codes, const uint8_t *scales,
+                                  size_t rows, size_t cols, const moe4_quantize_options *options) {
+    struct matrix_job job = {.ctx = ctx,
+                             .y = y,
+                             .dtype = y_dtype,
+                             .rows = rows,
+                             .cols = cols,
+                             .ld = y_ld,
+                             .codes = (uint8_t *)codes, /* only read */
+                             .scales = (uint8_t *)scales};
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_begin(ctx);
+    moe4_status status = dequantize(&job, options);
+    moe4_fpenv_leave(env);
+    return status;
+}
+
+moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld) {
+    struct matrix_job job = {.ctx = ctx, .x = x, .dtype = x_dtype, .rows = rows, .cols = cols, .ld = x_ld};
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_begin(ctx);
+    moe4_status status = amax(&job, amax_ret);
+    moe4_fpenv_leave(env);
+    return status;
+}
