@@ -247,7 +247,8 @@ typedef struct moe4_tensor {
 
 /* Opens a model folder (config.json, optionally an index, .safetensors shards) or one .safetensors file (then without a config).
  * Files are mapped: a file changed or cut short while open can end the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
- * tensor and numbers), MEMORY. An unknown model family opens; the calls that need the family then say UNSUPPORTED. */
+ * tensor and numbers), UNSUPPORTED (a dtype moe4 has not), MEMORY; the log gets a line for each further shard that is malformed. An
+ * unknown model family opens, and so does a folder without config.json; the calls that need it then say UNSUPPORTED or NOT_FOUND. */
 MOE4_API moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, const char *path);
 MOE4_API void moe4_checkpoint_close(moe4_checkpoint *ckpt);
 
@@ -292,7 +293,7 @@ typedef struct moe4_model_info {
 #define MOE4_MODEL_INFO_INIT \
     { sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f }
 
-/* What config.json says, checked. Errors: UNSUPPORTED ("… (found …)"), FORMAT, ARGUMENT. */
+/* What config.json says, checked. Errors: UNSUPPORTED ("… (found …)"), FORMAT, NOT_FOUND (no config.json), ARGUMENT. */
 MOE4_API moe4_status moe4_checkpoint_info(const moe4_checkpoint *ckpt, moe4_model_info *info_ret);
 
 typedef enum moe4_layer_kind { MOE4_LAYER_DENSE = 0, MOE4_LAYER_MOE = 1 } moe4_layer_kind;

@@ -1,0 +1,81 @@
+/* The model families moe4 knows: one row each. Tensor names, the router, the keys of config.json and what every layer must have are
+ * data; a new family is a new row, and a line of code only where it needs a rule that no other has. */
+#ifndef MOE4_FAMILIES_H
+#define MOE4_FAMILIES_H
+
+#include "internal.h"
+
+/* Sizes that config.json states or that follow from it. */
+enum moe4_dim {
+    MOE4_DIM_NONE,
+    MOE4_DIM_HIDDEN,
+    MOE4_DIM_VOCAB,
+    MOE4_DIM_LAYERS,
+    MOE4_DIM_DENSE,  /* intermediate of a dense layer */
+    MOE4_DIM_EXPERT, /* intermediate of an expert */
+    MOE4_DIM_SHARED, /* intermediate of the shared expert: EXPERT times their number */
+    MOE4_DIM_N_EXPERTS,
+    MOE4_DIM_TOP_K,
+    MOE4_DIM_N_SHARED,
+    MOE4_DIM_N_GROUP,
+    MOE4_DIM_TOPK_GROUP,
+    MOE4_DIM_HEADS,
+    MOE4_DIM_KV_HEADS,
+    MOE4_DIM_HEAD,   /* one head of q, k and v */
+    MOE4_DIM_Q,      /* HEADS * HEAD */
+    MOE4_DIM_KV,     /* KV_HEADS * HEAD */
+    MOE4_DIM_Q_LORA, /* the rest is multi-head latent attention's */
+    MOE4_DIM_KV_LORA,
+    MOE4_DIM_NOPE,
+    MOE4_DIM_ROPE,
+    MOE4_DIM_V,
+    MOE4_DIM_MLA_Q,    /* HEADS * (NOPE + ROPE) */
+    MOE4_DIM_MLA_KV_A, /* KV_LORA + ROPE */
+    MOE4_DIM_MLA_KV_B, /* HEADS * (NOPE + V) */
+    MOE4_DIM_MLA_O,    /* HEADS * V */
+    MOE4_N_DIMS
+};
+
+/* When a part is there: bits that config.json switches. */
+enum {
+    MOE4_IF_UNTIED = 1,    /* lm_head is not the embedding */
+    MOE4_IF_ATTN_BIAS = 2, /* attention_bias */
+    MOE4_IF_QK_NORM = 4,   /* use_qk_norm, or a family that always has it */
+    MOE4_IF_Q_LORA = 8,
+    MOE4_IF_NO_Q_LORA = 16
+};
+
+/* A tensor that must be there: a matrix [rows, cols], maybe quantized, named by its module; or a vector [rows], by its tensor. */
+struct moe4_part {
+    const char *name;
+    enum moe4_dim rows, cols; /* cols NONE: a vector */
+    unsigned when;            /* MOE4_IF_ bits that must all be set */
+};
+
+enum moe4_layer_rule {
+    MOE4_LAYERS_FIRST_K,    /* dense below first_k_dense_replace, then every moe_layer_freq-th is MoE */
+    MOE4_LAYERS_SPARSE_STEP /* every decoder_sparse_step-th is MoE, but for mlp_only_layers */
+};
+
+struct moe4_family {
+    const char *name; /* also config.json's model_type */
+    /* Names: L stands for the layer, E for the expert, P for the projection, each behind an @. */
+    const char *layer, *expert, *shared, *dense, *proj[3];
+    const char *router, *router_bias; /* a module and a tensor; NULL where there is none */
+    const char *fused_experts;        /* prefix of 3-D tensors that hold all experts: known, not run */
+    moe4_router_kind router_kind;
+    const char *key_n_experts;
+    enum moe4_layer_rule layer_rule;
+    unsigned always;                                   /* MOE4_IF_ bits whatever config.json says */
+    const struct moe4_part *model_parts, *layer_parts; /* ended by a NULL name */
+};
+
+extern const struct moe4_family moe4_families[];
+extern const size_t moe4_n_families;
+
+/* The row for a model_type; NULL for none. */
+const struct moe4_family *moe4_family_find(const char *model_type);
+/* dst = pattern with its @L, @E and @P filled in; names that do not fit are cut and so never found. */
+void moe4_family_name(char *dst, size_t dst_bytes, const char *pattern, size_t layer, size_t expert, const char *proj);
+
+#endif

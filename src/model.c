@@ -1,0 +1,125 @@
+/* A checkpoint as its family reads it: numbers, layers, experts, routers. */
+#include <string.h>
+
+#include "weight.h"
+
+moe4_status moe4_checkpoint_need_config(const moe4_checkpoint *ckpt) {
+    MOE4_CHECK(ckpt->ctx, ckpt->has_config, MOE4_ERROR_NOT_FOUND, "%s: no config.json", ckpt->path);
+    MOE4_CHECK(ckpt->ctx, ckpt->config.status == MOE4_OK, ckpt->config.status, "%s", ckpt->config.problem);
+    return MOE4_OK;
+}
+
+moe4_status moe4_checkpoint_info(const moe4_checkpoint *ckpt, moe4_model_info *info_ret) {
+    moe4_begin(ckpt->ctx);
+    MOE4_CHECK(ckpt->ctx, info_ret, MOE4_ERROR_ARGUMENT, "info_ret is NULL");
+    MOE4_TRY(moe4_checkpoint_need_config(ckpt));
+    const struct moe4_config *c = &ckpt->config;
+    moe4_model_info info = MOE4_MODEL_INFO_INIT;
+    info.family = c->family->name;
+    info.architecture = c->architecture;
+    info.quantization = ckpt->quantization;
+    info.n_layers = c->dim[MOE4_DIM_LAYERS];
+    info.hidden = c->dim[MOE4_DIM_HIDDEN];
+    info.vocab = c->dim[MOE4_DIM_VOCAB];
+    info.intermediate = c->dim[MOE4_DIM_DENSE];
+    info.n_experts = c->dim[MOE4_DIM_N_EXPERTS];
+    info.moe_intermediate = c->dim[MOE4_DIM_EXPERT];
+    info.n_shared_experts = c->dim[MOE4_DIM_N_SHARED];
+    info.router.kind = c->family->router_kind;
+    info.router.hidden = info.hidden;
+    info.router.n_experts = info.n_experts;
+    info.router.top_k = c->dim[MOE4_DIM_TOP_K];
+    info.router.n_group = c->dim[MOE4_DIM_N_GROUP];
+    info.router.topk_group = c->dim[MOE4_DIM_TOPK_GROUP];
+    info.router.normalize = c->normalize;
+    info.router.scale = c->routed_scale;
+    info.swiglu_limit = c->swiglu_limit;
+    moe4_struct_write(info_ret, &info, sizeof info);
+    return MOE4_OK;
+}
+
+static moe4_status need_layer(const moe4_checkpoint *ckpt, size_t layer) {
+    MOE4_TRY(moe4_checkpoint_need_config(ckpt));
+    size_t n = ckpt->config.dim[MOE4_DIM_LAYERS];
+    MOE4_CHECK(ckpt->ctx, layer < n, MOE4_ERROR_ARGUMENT, "layer %zu, the model has 0 to %zu", layer, n - 1);
+    return MOE4_OK;
+}
+
+static moe4_status need_moe_layer(const moe4_checkpoint *ckpt, size_t layer, bool moe) {
+    MOE4_TRY(need_layer(ckpt, layer));
+    MOE4_CHECK(ckpt->ctx, ckpt->config.is_moe[layer] == moe, MOE4_ERROR_ARGUMENT, "layer %zu is %s", layer,
+               moe ? "dense: it has no experts and no router" : "not dense");
+    return MOE4_OK;
+}
+
+moe4_status moe4_checkpoint_layer_kind(const moe4_checkpoint *ckpt, moe4_layer_kind *kind_ret, size_t layer) {
+    moe4_begin(ckpt->ctx);
+    MOE4_CHECK(ckpt->ctx, kind_ret, MOE4_ERROR_ARGUMENT, "kind_ret is NULL");
+    MOE4_TRY(need_layer(ckpt, layer));
+    *kind_ret = ckpt->config.is_moe[layer] ? MOE4_LAYER_MOE : MOE4_LAYER_DENSE;
+    return MOE4_OK;
+}
+
+/* Checkpoints that hold all experts of a layer in one 3-D tensor have none of the names looked for: says so instead of NOT_FOUND. */
+static moe4_status check_not_fused(const moe4_checkpoint *ckpt, size_t layer) {
+    char prefix[MOE4_MAX_NAME + 1];
+    moe4_family_name(prefix, sizeof prefix, ckpt->config.family->fused_experts, layer, 0, "");
+    size_t i = moe4_checkpoint_seek(ckpt, prefix);
+    bool fused = i < ckpt->n_tensors && strncmp(ckpt->by_name[i]->name, prefix, strlen(prefix)) == 0;
+    MOE4_CHECK(ckpt->ctx, !fused, MOE4_ERROR_UNSUPPORTED, "unsupported: fused 3-D experts (found %s)", ckpt->by_name[i]->name);
+    return MOE4_OK;
+}
+
+moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert, moe4_proj proj) {
+    moe4_begin(ckpt->ctx);
+    const moe4_ctx *ctx = ckpt->ctx;
+    const struct moe4_config *c = &ckpt->config;
+    MOE4_CHECK(ctx, weight_ret, MOE4_ERROR_ARGUMENT, "weight_ret is NULL");
+    MOE4_CHECK(ctx, (unsigned)proj <= MOE4_DOWN, MOE4_ERROR_ARGUMENT, "proj is %d, need 0 to 2", (int)proj);
+    MOE4_TRY(need_moe_layer(ckpt, layer, expert != MOE4_EXPERT_DENSE));
+    const char *pattern = c->family->dense;
+    size_t inter = c->dim[MOE4_DIM_DENSE], hidden = c->dim[MOE4_DIM_HIDDEN];
+    if (expert == MOE4_EXPERT_SHARED) {
+        MOE4_CHECK(ctx, c->dim[MOE4_DIM_N_SHARED], MOE4_ERROR_ARGUMENT, "layer %zu: the model has no shared expert", layer);
+        pattern = c->family->shared;
+        inter = c->dim[MOE4_DIM_SHARED];
+    } else if (expert != MOE4_EXPERT_DENSE) {
+        size_t n = c->dim[MOE4_DIM_N_EXPERTS];
+        MOE4_CHECK(ctx, expert >= 0 && (uint64_t)expert < n, MOE4_ERROR_ARGUMENT, "layer %zu expert %lld, need 0 to %zu", layer,
+                   (long long)expert, n - 1);
+        MOE4_TRY(check_not_fused(ckpt, layer));
+        pattern = c->family->expert;
+        inter = c->dim[MOE4_DIM_EXPERT];
+    }
+    char name[MOE4_MAX_NAME + 1];
+    moe4_family_name(name, sizeof name, pattern, layer, expert < 0 ? 0 : (size_t)expert, c->family->proj[proj]);
+    bool down = proj == MOE4_DOWN;
+    return moe4_weight_read(ckpt, weight_ret, name, down ? hidden : inter, down ? inter : hidden, NULL, NULL);
+}
+
+moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer) {
+    moe4_begin(ckpt->ctx);
+    const moe4_ctx *ctx = ckpt->ctx;
+    MOE4_TRY(need_moe_layer(ckpt, layer, true));
+    const struct moe4_family *f = ckpt->config.family;
+    size_t n_experts = ckpt->config.dim[MOE4_DIM_N_EXPERTS];
+    char name[MOE4_MAX_NAME + 1];
+    moe4_weight gate;
+    moe4_family_name(name, sizeof name, f->router, layer, 0, "");
+    MOE4_TRY(moe4_weight_read(ckpt, &gate, name, n_experts, ckpt->config.dim[MOE4_DIM_HIDDEN], NULL, NULL));
+    MOE4_CHECK(ctx, gate.dtype != MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED, "unsupported: %s: a router in NVFP4", name);
+    moe4_tensor bias = {0};
+    if (f->router_bias) {
+        moe4_family_name(name, sizeof name, f->router_bias, layer, 0, "");
+        const moe4_tensor *t = moe4_checkpoint_lookup(ckpt, name);
+        MOE4_CHECK(ctx, t, MOE4_ERROR_NOT_FOUND, "%s: no tensor of this name", name);
+        MOE4_CHECK(ctx, t->dtype == MOE4_F32, MOE4_ERROR_UNSUPPORTED, "unsupported: %s: dtype %s (moe4 reads F32)", name,
+                   moe4_dtype_name(t->dtype));
+        MOE4_CHECK(ctx, t->n_dims == 1 && t->shape[0] == n_experts, MOE4_ERROR_FORMAT, "%s: %zu elements in %zu dimensions, need %zu in 1",
+                   name, t->bytes / sizeof(float), t->n_dims, n_experts);
+        bias = *t;
+    }
+    if (gate_ret) *gate_ret = gate;
+    if (bias_ret) *bias_ret = bias;
+    return MOE4_OK;
+}
