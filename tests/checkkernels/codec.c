@@ -1,0 +1,202 @@
+/* The codec's kernels: bit-exact with the scalar ones, swiglu_row within its tolerance and bit-exact with itself at any position. */
+#include <float.h>
+#include <stdio.h>
+
+#include "checkkernels.h"
+
+static const moe4_dtype dtypes[] = {MOE4_F32, MOE4_BF16, MOE4_F16};
+static const char *const dtype_names[] = {"f32", "bf16", "f16"};
+static const size_t dtype_bytes[] = {4, 2, 2};
+enum { N_DTYPES = 3, MOST = 300 };
+
+static void check_widen(struct check *c, int d) {
+    char what[64];
+    bool ok = true;
+    for (size_t n = 0; n <= MOST; n += n < 40 ? 1 : 37)
+        for (int side = 0; side < N_SIDES; side++) {
+            size_t bytes = n * dtype_bytes[d], odd = n % 2; /* odd addresses too */
+            uint8_t *src = guarded(bytes + odd, side);
+            float *dst = guarded(n * 4, side), want[MOST];
+            for (size_t i = 0; i < bytes + odd; i++) src[i] = (uint8_t)random_u64(&c->random);
+            src += side == AT_START ? odd : 0;
+            c->k->widen_row(dst, src, dtypes[d], n);
+            c->scalar->widen_row(want, src, dtypes[d], n);
+            ok &= same_bytes(dst, want, n * 4);
+            ok &= guarded_release();
+        }
+    snprintf(what, sizeof what, "%s, any bits", dtype_names[d]);
+    check_line(c, "widen_row", what, ok);
+}
+
+static void check_narrow(struct check *c, int d) {
+    char what[64];
+    bool ok = true;
+    for (size_t n = 0; n <= MOST; n += n < 40 ? 1 : 37)
+        for (int side = 0; side < N_SIDES; side++)
+            for (int kind = 0; kind <= RANDOM_KINDS; kind++) {
+                size_t bytes = n * dtype_bytes[d], odd = n % 2;
+                uint8_t *dst = guarded(bytes + odd, side), want[MOST * 4];
+                float *src = guarded(n * 4, side);
+                if (kind < RANDOM_KINDS) random_row(&c->random, src, n, kind);
+                for (size_t i = 0; kind == RANDOM_KINDS && i < n; i++) {
+                    uint32_t bits = (uint32_t)random_u64(&c->random); /* NaN and Inf too */
+                    if (i % 3 == 0) bits |= 0x7f800000;
+                    if (i % 5 == 0) bits = (bits & 0xffff0000) | 0x8000;     /* ties of bf16 */
+                    if (i % 7 == 0) bits = (bits & 0x8fffe000) | 0x30001000; /* of f16 */
+                    memcpy(&src[i], &bits, 4);
+                }
+                dst += side == AT_START ? odd : 0;
+                c->k->narrow_row(dst, dtypes[d], src, n);
+                c->scalar->narrow_row(want, dtypes[d], src, n);
+                ok &= same_bytes(dst, want, bytes);
+                if (side == AT_START && odd) dst[-1] = 0xa5;
+                ok &= guarded_release();
+            }
+    snprintf(what, sizeof what, "%s, ties, NaN, subnormals", dtype_names[d]);
+    check_line(c, "narrow_row", what, ok);
+}
+
+static void check_amax(struct check *c) {
+    bool ok = true;
+    for (size_t n = 0; n <= MOST; n += n < 80 ? 1 : 37)
+        for (int side = 0; side < N_SIDES; side++)
+            for (int kind = 0; kind < RANDOM_KINDS + 2; kind++) {
+                float *x = guarded(n * 4, side);
+                random_row(&c->random, x, n, kind % RANDOM_KINDS);
+                if (kind >= RANDOM_KINDS && n) x[random_below(&c->random, n)] = kind == RANDOM_KINDS ? -NAN : INFINITY;
+                float got = c->k->amax_row(x, n), want = c->scalar->amax_row(x, n);
+                ok &= same_bytes(&got, &want, sizeof got);
+                if (kind >= RANDOM_KINDS && n) ok &= !isfinite(got);
+                ok &= guarded_release();
+            }
+    check_line(c, "amax_row", "finite, NaN, Inf", ok);
+}
+
+/* ---- quantize ---- */
+
+/* A global scale that suits the row, one that saturates, one that is too large, extremes. */
+static struct moe4_quantizer quantizer(struct check *c, moe4_recipe recipe, int four_over_six, float amax, int kind) {
+    struct moe4_quantizer z = {.recipe = recipe, .four_over_six = four_over_six, .amax = amax > 0 ? amax : 2688};
+    bool encodes = recipe == MOE4_RECIPE_ACTIVATION || recipe == MOE4_RECIPE_COMPRESSED_TENSORS;
+    float fit = amax > 0 ? fmaxf(amax / 2688, 0x1p-126f) : 1;
+    if (encodes) fit = fminf(2688 / fmaxf(amax, 0x1p-149f), FLT_MAX);
+    switch (kind) {
+    case 0: z.global = fit; break;
+    case 1: z.global = fit * (encodes ? 7 : 0.15f); break;
+    case 2: z.global = fit * (encodes ? 1e-3f : 1e3f); break;
+    case 3: z.global = encodes ? 0x1.8p-127f : 0x1p-149f; break;
+    case 4: z.global = FLT_MAX; break;
+    default: z.global = ldexpf(1 + random_unit(&c->random), (int)random_below(&c->random, 240) - 120); break;
+    }
+    if (!(z.global <= FLT_MAX)) z.global = FLT_MAX;
+    if (!(z.global >= 0x1p-149f)) z.global = 0x1p-149f;
+    return z;
+}
+enum { QUANTIZER_KINDS = 7 };
+
+static bool quantize_case(struct check *c, size_t n, enum side side, int kind, const struct moe4_quantizer *fixed, moe4_recipe recipe,
+                          int four_over_six, int z_kind) {
+    float *x = guarded(n * 4, side);
+    uint8_t *codes = guarded(n / 2, side), *scales = guarded(n / 16, side), want_codes[MOST], want_scales[MOST];
+    random_row(&c->random, x, n, kind);
+    struct moe4_quantizer z = fixed ? *fixed : quantizer(c, recipe, four_over_six, c->scalar->amax_row(x, n), z_kind);
+    uint64_t n_saturated = c->k->quantize_row(codes, scales, x, n, &z);
+    uint64_t want_saturated = c->scalar->quantize_row(want_codes, want_scales, x, n, &z);
+    bool ok = n_saturated == want_saturated && same_bytes(codes, want_codes, n / 2) && same_bytes(scales, want_scales, n / 16);
+    for (size_t i = 0; i < n / 16; i++) ok &= scales[i] <= 0x7e;
+    return guarded_release() && ok;
+}
+
+static void check_quantize(struct check *c, moe4_recipe recipe, int four_over_six, const char *name) {
+    bool ok = true;
+    for (size_t n = 0; n <= 288; n += 16)
+        for (int side = 0; side < N_SIDES; side++)
+            for (int kind = 0; kind < RANDOM_KINDS; kind++)
+                for (int z = 0; z < QUANTIZER_KINDS; z++) ok &= quantize_case(c, n, side, kind, NULL, recipe, four_over_six, z);
+    check_line(c, "quantize_row", name, ok);
+}
+
+/* Every code with every scale byte, and the factors' extremes. */
+static void check_dequant(struct check *c) {
+    static const float factors[] = {1, 0.1f, -3, 0x1p-149f, FLT_MAX, 0x1.234568p-120f};
+    bool ok = true;
+    for (size_t f = 0; f < sizeof factors / sizeof *factors; f++)
+        for (int side = 0; side < N_SIDES; side++)
+            for (size_t n = 16; n <= 256 * 16; n = n < 160 ? n + 16 : n + 16 * 41) {
+                uint8_t *codes = guarded(n / 2, side), *scales = guarded(n / 16, side);
+                float *y = guarded(n * 4, side);
+                static float want[256 * 16];
+                for (size_t i = 0; i < n / 16; i++) scales[i] = (uint8_t)(n > 160 ? i : random_u64(&c->random));
+                for (size_t i = 0; i < n / 2; i++)
+                    codes[i] = (uint8_t)(n > 160 ? (2 * i % 16) | (2 * i + 1) % 16 << 4 : random_u64(&c->random));
+                c->k->dequant_row(y, codes, scales, n, factors[f]);
+                c->scalar->dequant_row(want, codes, scales, n, factors[f]);
+                for (size_t i = 0; i < n; i++) ok &= isnan(want[i]) ? isnan(y[i]) : same_bytes(&y[i], &want[i], 4);
+                ok &= guarded_release();
+            }
+    check_line(c, "dequant_row", "16 codes x 256 scales", ok);
+}
+
+/* ---- SwiGLU ---- */
+
+/* Within 8 ulp of fp64, or both below 1e-36, where the denominator overflows. */
+static bool close_to_swiglu(float h, double g, double u, double limit) {
+    if (limit > 0) g = fmin(g, limit), u = fmax(fmin(u, limit), -limit);
+    double want = g / (1 + exp(-g)) * u;
+    if (fabs(want) > FLT_MAX) return isinf(h) || fabsf(h) > 0x1.ffffp127f;
+    return fabs(h - want) <= 8 * 0x1p-24 * fabs(want) + 1e-36 * fmax(1, fabs(u));
+}
+
+static void check_swiglu(struct check *c, float limit) {
+    char what[64];
+    bool ok = true, placed = true, nan_stays = true;
+    for (size_t n = 0; n <= 100; n++)
+        for (int side = 0; side < N_SIDES; side++) {
+            float *g = guarded(n * 4, side), *u = guarded(n * 4, side), *h = guarded(n * 4, side);
+            for (size_t i = 0; i < n; i++) {
+                g[i] = (i % 2 ? 8 : 120) * random_normal(&c->random);
+                u[i] = 5 * random_normal(&c->random);
+            }
+            c->k->swiglu_row(h, g, u, n, limit);
+            for (size_t i = 0; i < n; i++) {
+                float alone;
+                c->k->swiglu_row(&alone, g + i, u + i, 1, limit);
+                ok &= close_to_swiglu(h[i], g[i], u[i], limit);
+                placed &= same_bytes(&alone, &h[i], sizeof alone);
+            }
+            for (size_t i = 0; i < n; i++) (i % 2 ? g : u)[i] = NAN;
+            c->k->swiglu_row(g, g, u, n, limit); /* in place */
+            for (size_t i = 0; i < n; i++) nan_stays &= isnan(g[i]) != 0;
+            ok &= guarded_release();
+        }
+    snprintf(what, sizeof what, "limit %g, against fp64", limit);
+    check_line(c, "swiglu_row", what, ok);
+    check_line(c, "swiglu_row", "same bits at any position", placed);
+    check_line(c, "swiglu_row", "NaN stays", nan_stays);
+}
+
+static void check_swiglu_ends(struct check *c) {
+    static const float g[] = {-1e30f, -200, -104, -89, -88.5f, 88.5f, 89, 104, 200, 1e30f, 0.f, -0.f, 1e-40f, -1e-40f};
+    enum { N = sizeof g / sizeof *g };
+    float u[N], h[N];
+    bool ok = true;
+    for (int i = 0; i < N; i++) u[i] = 1;
+    c->k->swiglu_row(h, g, u, N, 0);
+    for (int i = 0; i < N; i++) ok &= g[i] > 80 ? h[i] == g[i] : g[i] < -80 ? h[i] <= 0 && h[i] > -1e-35f : h[i] == g[i] / 2;
+    check_line(c, "swiglu_row", "saturates, never NaN", ok);
+}
+
+void check_codec(struct check *c) {
+    for (int d = 0; d < N_DTYPES; d++) check_widen(c, d);
+    for (int d = 0; d < N_DTYPES; d++) check_narrow(c, d);
+    check_amax(c);
+    check_quantize(c, MOE4_RECIPE_MODELOPT, 0, "modelopt");
+    check_quantize(c, MOE4_RECIPE_MODELOPT, 1, "modelopt, four over six");
+    check_quantize(c, MOE4_RECIPE_MODELOPT_STATIC, 0, "modelopt_static");
+    check_quantize(c, MOE4_RECIPE_ACTIVATION, 0, "activation");
+    check_quantize(c, MOE4_RECIPE_COMPRESSED_TENSORS, 0, "compressed_tensors");
+    check_dequant(c);
+    check_swiglu(c, 0);
+    check_swiglu(c, 7);
+    check_swiglu_ends(c);
+}

@@ -1,0 +1,4 @@
+#include "checkkernels.h"
+void check_gemm(struct check *c) {
+    (void)c;
+}
