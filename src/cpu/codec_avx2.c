@@ -115,8 +115,10 @@ struct scales {
 /* m[0..8) -> their eight maxima, in order. */
 INLINE __m256i max_of_each(const __m256i m[GROUP]) {
     __m256i pair[4], four[2];
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++)
         pair[i] = _mm256_max_epi32(_mm256_unpacklo_epi32(m[2 * i], m[2 * i + 1]), _mm256_unpackhi_epi32(m[2 * i], m[2 * i + 1]));
+#pragma GCC unroll 8
     for (int i = 0; i < 2; i++)
         four[i] =
             _mm256_max_epi32(_mm256_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]), _mm256_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
@@ -126,6 +128,7 @@ INLINE __m256i max_of_each(const __m256i m[GROUP]) {
 /* Amaxes of n_blocks blocks of x, zeros after them. */
 INLINE __m256 block_amaxes(const float *x, size_t n_blocks) {
     __m256i m[GROUP];
+#pragma GCC unroll 8
     for (size_t i = 0; i < GROUP; i++) {
         m[i] = _mm256_setzero_si256();
         if (i < n_blocks) m[i] = _mm256_max_epi32(magnitude_bits(x + i * MOE4_BLOCK), magnitude_bits(x + i * MOE4_BLOCK + 8));
@@ -217,6 +220,7 @@ INLINE __m256i encode8(__m256 x, const struct scales *s, size_t block, moe4_reci
     }
     __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
     __m256i code = _mm256_and_si256(sign, sign_mask);
+#pragma GCC unroll 8
     for (int i = 0; i < 7; i++) code = _mm256_sub_epi32(code, _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(middle[i])));
     return code;
 }
