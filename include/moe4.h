@@ -339,7 +339,7 @@ MOE4_API void moe4_router_destroy(moe4_router *router);
 
 MOE4_API moe4_status moe4_router_workspace_bytes(const moe4_router *router, size_t *bytes_ret, size_t n_tokens);
 /* topk_ids [T,k] int32, topk_weights [T,k] fp32 from x [T,hidden]: fp32 logits, best expert first, ties to the lower index. A row with a
- * NaN or Inf gets ids -1 and NaN weights. Errors: ARGUMENT. */
+ * NaN or Inf gets ids 0 .. k-1 and NaN weights, so that its result is NaN. Errors: ARGUMENT. */
 MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x, size_t n_tokens,
                                          const moe4_workspace *workspace, void *stream);
 /* The same from logits [T,E] fp32, contiguous; needs no workspace. */

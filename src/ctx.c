@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "internal.h"
@@ -109,6 +110,7 @@ static moe4_status choose_isa(moe4_ctx *ctx, uint32_t asked) {
 /* ---- life ---- */
 
 static moe4_status ctx_init(moe4_ctx *ctx, const moe4_ctx_options *o) {
+    ctx->backend = &moe4_backend_cpu;
     MOE4_TRY(choose_isa(ctx, o->isa_mask));
     MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads()));
     return moe4_errors_init(ctx); /* last: until then a failure goes to the log */

@@ -11,6 +11,9 @@
 
 struct moe4_kernels;
 
+/* Columns of a product that one task of a layer computes. */
+enum { MOE4_TASK_COLS = 32 };
+
 /* A recipe with its global scale, ready for rows: nvfp4.c fills it, quantize_row reads it. Order of operations: docs/numerics.md. */
 struct moe4_quantizer {
     moe4_recipe recipe;
@@ -28,22 +31,22 @@ struct moe4_matrix {
 /* What an activation row is rounded to before its product. */
 struct moe4_rounding {
     moe4_act act; /* W4A16, BF16 (as it is), or one of the NVFP4 modes */
-    float S;      /* NVFP4 modes: encode scale of recipe `activation`; 0: from the row's own amax (TOKEN) */
-    float decode; /* what S decodes by: 1/S, in STATIC the input_scale itself; unused when S is 0 */
+    float S;      /* NVFP4 modes: encode scale of recipe `activation` */
+    float decode; /* what S decodes by: 1/S, in STATIC the input_scale itself */
 };
 
 /* A family of products y = x @ W^T: how it wants weights and activation rows, and the product itself. The order of summation of one
  * element depends on K alone, never on n_rows, col0 or n_cols: that is what makes results independent of batch and threads. */
 struct moe4_gemm {
     const char *name;
-    size_t tile_cols; /* col0 and n_cols are multiples of this, but for the last columns of a matrix */
+    size_t tile_cols; /* divides MOE4_TASK_COLS; col0 and n_cols are multiples of it, but for the last columns of a matrix */
 
     /* Bytes of the packed form of w (64-byte aligned); 0: read in place. pack writes columns (rows of W) [col0, col0 + n_cols). */
     size_t (*packed_bytes)(const moe4_weight *w);
     void (*pack)(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
 
     /* Bytes of a packed activation row of k elements, a multiple of 64. pack_row rounds x[k] (finite) into it; the value is what the row
-     * holds times *factor_ret. Returns the number of saturated blocks. */
+     * holds times *factor_ret (1 or rounding->decode). Returns the number of saturated blocks. */
     size_t (*row_bytes)(size_t k);
     uint64_t (*pack_row)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding);
@@ -69,10 +72,17 @@ struct moe4_kernels {
     /* h[n] = g * sigmoid(g) * u with the clamp of `limit` (0: none); NaN stays. h may be g. */
     void (*swiglu_row)(float *h, const float *g, const float *u, size_t n, float limit);
 
+    /* y[n] += weight * x[n];  y[n] = y[n] * a * b, in that order. */
+    void (*add_scaled_row)(float *y, const float *x, float weight, size_t n);
+    void (*scale_row)(float *y, float a, float b, size_t n);
+
     const struct moe4_gemm *w4a4;  /* NVFP4 weights, NVFP4 activations */
     const struct moe4_gemm *w4a16; /* NVFP4 weights, bf16 activations */
     const struct moe4_gemm *wide;  /* bf16, f16 or fp32 weights, fp32 activations */
 };
+
+/* The family for a matrix of this dtype whose input is rounded as `act` says. */
+const struct moe4_gemm *moe4_cpu_gemm(const struct moe4_kernels *k, moe4_dtype dtype, moe4_act act);
 
 /* Fills the table for the ISAs in `mask` (MOE4_ISA_ bits, all of them present on this CPU). */
 void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask);

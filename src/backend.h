@@ -1,0 +1,120 @@
+/* What a backend is: a table of stages. moe.c, linear.c and router.c name the stages in order; src/cpu fills the table, a device's
+ * plug-in fills another. Buffers in a call are the backend's (host or device memory). */
+#ifndef MOE4_BACKEND_H
+#define MOE4_BACKEND_H
+
+#include "internal.h"
+
+/* Experts of one shape and one format: a layer's routed ones, or its shared one. */
+struct moe4_experts {
+    size_t n, hidden, intermediate;
+    moe4_expert *expert;   /* [n] */
+    moe4_act act_x, act_h; /* what the input of gate/up and of down is rounded to */
+    void *prepared;        /* the backend's: packed weights and the kernels that read them */
+};
+
+enum { MOE4_MAX_GROUPS = 2 };
+
+struct moe4_moe {
+    moe4_ctx *ctx;
+    moe4_moe_options o; /* resolved: nothing left at "default" */
+    size_t hidden;
+    struct moe4_experts group[MOE4_MAX_GROUPS]; /* routed; then the shared one, if there is one */
+    size_t n_groups;
+};
+
+struct moe4_moe_call {
+    const moe4_moe *moe;
+    void *y;
+    const void *x, *ids;
+    const float *weights;
+    size_t n_tokens;
+    void *workspace;
+    void *stream;
+};
+
+struct moe4_linear {
+    moe4_ctx *ctx;
+    moe4_linear_options o;
+    size_t cols;
+    float input_scale; /* STATIC: the largest of the weights' */
+    moe4_weight *weight;
+    size_t n_weights;
+    void *prepared;
+};
+
+struct moe4_linear_call {
+    const moe4_linear *linear;
+    void *const *y;
+    uint64_t *n_saturated;
+    const void *x;
+    size_t n_tokens;
+    void *workspace;
+    void *stream;
+};
+
+enum { MOE4_MAX_EXPERTS = 4096 };
+
+struct moe4_router {
+    moe4_ctx *ctx;
+    moe4_router_options o;
+    moe4_linear *logits; /* NULL without gate weights */
+    float *bias;         /* [n_experts] */
+};
+
+struct moe4_backend {
+    const char *name;
+
+    moe4_status (*experts_prepare)(moe4_ctx *ctx, struct moe4_experts *experts);
+    void (*experts_release)(moe4_ctx *ctx, struct moe4_experts *experts);
+    bool (*moe_bytes)(size_t *bytes, const moe4_moe *moe, size_t n_tokens); /* false: does not fit a size_t */
+
+    moe4_status (*begin)(const struct moe4_moe_call *call); /* carves the workspace; the same walk as moe_bytes */
+    moe4_status (*dispatch)(const struct moe4_moe_call *call);
+    moe4_status (*quantize_x)(const struct moe4_moe_call *call);
+    moe4_status (*gate_up)(const struct moe4_moe_call *call);
+    moe4_status (*quantize_h)(const struct moe4_moe_call *call);
+    moe4_status (*down)(const struct moe4_moe_call *call);
+    moe4_status (*combine)(const struct moe4_moe_call *call);
+    moe4_status (*report)(const struct moe4_moe_call *call, moe4_moe_report *report, uint64_t *tokens_per_expert);
+
+    moe4_status (*linear_prepare)(moe4_linear *linear);
+    void (*linear_release)(moe4_linear *linear);
+    bool (*linear_bytes)(size_t *bytes, const moe4_linear *linear, size_t n_tokens);
+    moe4_status (*linear_forward)(const struct moe4_linear_call *call);
+
+    /* topk_ids, topk_weights [T,k] from logits [T,E]. */
+    moe4_status (*select)(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
+                          void *stream);
+};
+
+extern const struct moe4_backend moe4_backend_cpu;
+
+/* A walk over a block of memory: with a NULL base it counts, otherwise it hands out the same places. All are 64-byte aligned. */
+struct moe4_carver {
+    char *base;
+    size_t used;
+    bool overflow;
+};
+
+static inline void *moe4_carve(struct moe4_carver *c, size_t n, size_t size) {
+    size_t bytes, end, at = c->used;
+    if (!moe4_mul(&bytes, n, size) || !moe4_add(&end, at, bytes) || !moe4_add(&end, end, 63)) {
+        c->overflow = true;
+        return NULL;
+    }
+    c->used = end & ~(size_t)63;
+    return c->base ? c->base + at : NULL;
+}
+
+/* Checks a workspace against what a call needs: ARGUMENT with both numbers. */
+moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const moe4_workspace *ws, size_t need);
+
+/* One matrix's own rules: dtype, shape, pointers, globals. `what` names it in the error. */
+moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
+/* No block scale of an NVFP4 matrix is NaN or signed: FORMAT with the place. Reads every scale byte. */
+moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
+/* The mode that `act` means for a matrix of this dtype; NVFP4 matrices only take NVFP4's modes, unquantized ones BF16. */
+moe4_act moe4_act_resolve(moe4_act act, moe4_dtype dtype);
+
+#endif

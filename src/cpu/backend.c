@@ -1,0 +1,48 @@
+/* The CPU's table of stages, and how it prepares experts. */
+#include "../backend.h"
+#include "linear.h"
+#include "moe.h"
+#include "select.h"
+
+const struct moe4_gemm *moe4_cpu_gemm(const struct moe4_kernels *k, moe4_dtype dtype, moe4_act act) {
+    if (dtype != MOE4_NVFP4) return k->wide;
+    return act == MOE4_ACT_W4A16 ? k->w4a16 : k->w4a4;
+}
+
+static moe4_status experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) {
+    struct moe4_cpu_experts *p = moe4_calloc(ctx, 1, sizeof *p + experts->n * sizeof *p->expert, "experts");
+    if (!p) return MOE4_ERROR_MEMORY;
+    p->kernels = ctx->kernels;
+    p->x = moe4_cpu_gemm(ctx->kernels, experts->expert->gate.dtype, experts->act_x);
+    p->h = moe4_cpu_gemm(ctx->kernels, experts->expert->down.dtype, experts->act_h);
+    for (size_t e = 0; e < experts->n; e++) {
+        const moe4_expert *x = &experts->expert[e];
+        p->expert[e] = (struct moe4_cpu_expert){{.w = x->gate}, {.w = x->up}, {.w = x->down}};
+    }
+    experts->prepared = p;
+    return MOE4_OK;
+}
+
+static void experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
+    moe4_free(ctx, experts->prepared);
+}
+
+const struct moe4_backend moe4_backend_cpu = {
+    .name = "cpu",
+    .experts_prepare = experts_prepare,
+    .experts_release = experts_release,
+    .moe_bytes = moe4_cpu_moe_bytes,
+    .begin = moe4_cpu_begin,
+    .dispatch = moe4_cpu_dispatch,
+    .quantize_x = moe4_cpu_quantize_x,
+    .gate_up = moe4_cpu_gate_up,
+    .quantize_h = moe4_cpu_quantize_h,
+    .down = moe4_cpu_down,
+    .combine = moe4_cpu_combine,
+    .report = moe4_cpu_report,
+    .linear_prepare = moe4_cpu_linear_prepare,
+    .linear_release = moe4_cpu_linear_release,
+    .linear_bytes = moe4_cpu_linear_bytes,
+    .linear_forward = moe4_cpu_linear_forward,
+    .select = moe4_cpu_select,
+};

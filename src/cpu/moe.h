@@ -1,0 +1,61 @@
+/* The CPU's stages of a layer, and what it keeps of prepared experts. */
+#ifndef MOE4_CPU_MOE_H
+#define MOE4_CPU_MOE_H
+
+#include "../backend.h"
+#include "kernels.h"
+
+struct moe4_cpu_expert {
+    struct moe4_matrix gate, up, down;
+};
+
+struct moe4_cpu_experts {
+    const struct moe4_kernels *kernels;
+    const struct moe4_gemm *x, *h; /* the products that read x and h */
+    void *packed;                  /* all matrices' packed forms, or NULL */
+    struct moe4_cpu_expert expert[];
+};
+
+/* One group's part of the workspace. */
+struct moe4_cpu_group {
+    const struct moe4_experts *set;
+    const struct moe4_cpu_experts *cpu;
+    bool routed; /* positions come from topk_ids; otherwise position = token */
+    size_t n_pos, n_hit;
+    int32_t *start;           /* [n + 1] positions of expert e: start[e] .. start[e + 1) */
+    int32_t *hit;             /* [n_hit] experts with a position */
+    int32_t *token;           /* [n_pos] */
+    int32_t *pos_of_slot;     /* routed: [T * k], -1 for a slot that does not run here */
+    float *x_scale, *h_scale; /* STATIC: [n_pos] input scales */
+    bool x_by_pos;            /* x rows are packed for each position rather than each token */
+    void *x_rows, *h_rows;
+    float *x_factor, *h_factor;
+    const void **x_row, **h_row; /* [n_pos] into x_rows, h_rows */
+    float *h, *o;                /* [n_pos, intermediate], [n_pos, hidden] */
+};
+
+struct moe4_cpu_state {
+    const moe4_moe *moe; /* whose last forward this workspace carries */
+    size_t n_tokens;
+    moe4_moe_report report;
+    struct moe4_cpu_group group[MOE4_MAX_GROUPS];
+    float *scratch; /* a row for each packing task, a row for each combining task */
+    double lap;
+};
+
+/* Groups whose x needs the same rounding share the rows; routed experts' `static` scales differ, so there each position has its own. */
+bool moe4_cpu_shares_x(const moe4_moe *moe, size_t group);
+/* Notes the time since the last stage ended. */
+void moe4_cpu_lap(struct moe4_cpu_state *s, moe4_stage stage);
+
+bool moe4_cpu_moe_bytes(size_t *bytes, const moe4_moe *moe, size_t n_tokens);
+moe4_status moe4_cpu_begin(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_dispatch(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_down(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_combine(const struct moe4_moe_call *c);
+moe4_status moe4_cpu_report(const struct moe4_moe_call *c, moe4_moe_report *report, uint64_t *tokens_per_expert);
+
+#endif

@@ -1,0 +1,173 @@
+/* The heavy stages of a layer on the CPU: rows rounded and packed, gate/up with SwiGLU in its tail, down. */
+#include <math.h>
+
+#include "moe.h"
+#include "rows.h"
+
+/* ---- rows into the products ---- */
+
+static void count_nonfinite(struct moe4_cpu_state *s, const struct moe4_row_stage *stage, const struct moe4_cpu_group *g) {
+    if (!g->x_by_pos) {
+        s->report.n_nonfinite_rows = stage->n_nonfinite;
+        return;
+    }
+    uint64_t n = 0; /* each token once, however many positions read it: a shared expert's group has each token once */
+    if (g->routed) {
+        size_t k = s->moe->o.top_k;
+        for (size_t t = 0; t < s->n_tokens; t++) {
+            bool bad = false;
+            for (size_t j = 0; j < k; j++) {
+                int32_t p = g->pos_of_slot[t * k + j];
+                bad |= p >= 0 && isnan(g->x_factor[p]);
+            }
+            n += bad;
+        }
+    } else {
+        n = stage->n_nonfinite;
+    }
+    if (n > s->report.n_nonfinite_rows) s->report.n_nonfinite_rows = n;
+}
+
+moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c) {
+    struct moe4_cpu_state *s = c->workspace;
+    const moe4_moe *moe = c->moe;
+    for (size_t i = 0; i < moe->n_groups; i++) {
+        struct moe4_cpu_group *g = &s->group[i];
+        if (!moe4_cpu_shares_x(moe, i)) {
+            struct moe4_row_stage stage = {.ctx = moe->ctx,
+                                           .gemm = g->cpu->x,
+                                           .act = g->set->act_x,
+                                           .n_rows = g->x_by_pos ? g->n_pos : c->n_tokens,
+                                           .k = moe->hidden,
+                                           .src = c->x,
+                                           .src_dtype = moe->o.x_dtype,
+                                           .src_ld = moe->o.x_ld,
+                                           .index = g->x_by_pos ? g->token : NULL,
+                                           .input_scale = g->x_scale,
+                                           .packed = g->x_rows,
+                                           .factor = g->x_factor,
+                                           .scratch = s->scratch};
+            moe4_pack_rows(&stage);
+            s->report.n_saturated_blocks += stage.n_saturated;
+            count_nonfinite(s, &stage, g);
+        }
+        size_t row_bytes = g->cpu->x->row_bytes(moe->hidden);
+        for (size_t p = 0; p < g->n_pos; p++) g->x_row[p] = (const char *)g->x_rows + row_bytes * (g->x_by_pos ? p : (size_t)g->token[p]);
+    }
+    moe4_cpu_lap(s, MOE4_STAGE_QUANTIZE_X);
+    return MOE4_OK;
+}
+
+moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
+    struct moe4_cpu_state *s = c->workspace;
+    for (size_t i = 0; i < c->moe->n_groups; i++) {
+        struct moe4_cpu_group *g = &s->group[i];
+        struct moe4_row_stage stage = {.ctx = c->moe->ctx,
+                                       .gemm = g->cpu->h,
+                                       .act = g->set->act_h,
+                                       .n_rows = g->n_pos,
+                                       .k = g->set->intermediate,
+                                       .src = g->h,
+                                       .src_dtype = MOE4_F32,
+                                       .src_ld = g->set->intermediate,
+                                       .input_scale = g->h_scale,
+                                       .packed = g->h_rows,
+                                       .factor = g->h_factor,
+                                       .scratch = s->scratch};
+        moe4_pack_rows(&stage);
+        s->report.n_saturated_blocks += stage.n_saturated;
+        size_t row_bytes = g->cpu->h->row_bytes(g->set->intermediate);
+        for (size_t p = 0; p < g->n_pos; p++) g->h_row[p] = (const char *)g->h_rows + row_bytes * p;
+    }
+    moe4_cpu_lap(s, MOE4_STAGE_QUANTIZE_H);
+    return MOE4_OK;
+}
+
+/* ---- the products ---- */
+
+enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
+
+/* A product over all experts of a group that were hit: task = (hit expert, block of columns). */
+struct product {
+    const struct moe4_cpu_group *g;
+    size_t n_cols, blocks; /* of one expert */
+    float limit;
+};
+
+struct part { /* one task's share */
+    const struct moe4_cpu_expert *e;
+    const moe4_expert *w;
+    size_t pos0, n_pos, col0, n_cols;
+};
+
+static struct part task_part(const struct product *p, size_t task) {
+    const struct moe4_cpu_group *g = p->g;
+    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * TASK_COLS;
+    return (struct part){.e = &g->cpu->expert[e],
+                         .w = &g->set->expert[e],
+                         .pos0 = (size_t)g->start[e],
+                         .n_pos = (size_t)(g->start[e + 1] - g->start[e]),
+                         .col0 = col0,
+                         .n_cols = p->n_cols - col0 < TASK_COLS ? p->n_cols - col0 : TASK_COLS};
+}
+
+static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, size_t n_cols, size_t k, float limit,
+                        void (*fn)(void *, size_t)) {
+    struct product p = {.g = g, .n_cols = n_cols, .limit = limit};
+    p.blocks = (n_cols + TASK_COLS - 1) / TASK_COLS;
+    moe4_run(ctx, g->n_hit * p.blocks, (double)g->n_pos * (double)n_cols * (double)k, fn, &p);
+}
+
+static void gate_up_task(void *arg, size_t task) {
+    const struct product *p = arg;
+    const struct moe4_cpu_group *g = p->g;
+    const struct moe4_gemm *gemm = g->cpu->x;
+    const struct moe4_kernels *kernels = g->cpu->kernels;
+    struct part t = task_part(p, task);
+    _Alignas(64) float gate[TASK_ROWS * TASK_COLS], up[TASK_ROWS * TASK_COLS];
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += TASK_ROWS) {
+        size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
+        gemm->gemm(gate, TASK_COLS, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
+        gemm->gemm(up, TASK_COLS, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
+        for (size_t m = 0; m < n; m++) {
+            float *gm = gate + m * TASK_COLS, *um = up + m * TASK_COLS;
+            float factor = g->x_factor[g->x_by_pos ? pos + m : (size_t)g->token[pos + m]];
+            kernels->scale_row(gm, t.w->gate.global, factor, t.n_cols);
+            kernels->scale_row(um, t.w->up.global, factor, t.n_cols);
+            kernels->swiglu_row(g->h + (pos + m) * g->set->intermediate + t.col0, gm, um, t.n_cols, p->limit);
+        }
+    }
+}
+
+moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
+    struct moe4_cpu_state *s = c->workspace;
+    for (size_t i = 0; i < c->moe->n_groups; i++) {
+        const struct moe4_cpu_group *g = &s->group[i];
+        run_product(c->moe->ctx, g, g->set->intermediate, 2 * g->set->hidden, c->moe->o.swiglu_limit, gate_up_task);
+    }
+    moe4_cpu_lap(s, MOE4_STAGE_GATE_UP);
+    return MOE4_OK;
+}
+
+static void down_task(void *arg, size_t task) {
+    const struct product *p = arg;
+    const struct moe4_cpu_group *g = p->g;
+    struct part t = task_part(p, task);
+    size_t hidden = g->set->hidden;
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += TASK_ROWS) {
+        size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
+        float *o = g->o + pos * hidden + t.col0;
+        g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols);
+        for (size_t m = 0; m < n; m++) g->cpu->kernels->scale_row(o + m * hidden, t.w->down.global, g->h_factor[pos + m], t.n_cols);
+    }
+}
+
+moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
+    struct moe4_cpu_state *s = c->workspace;
+    for (size_t i = 0; i < c->moe->n_groups; i++) {
+        const struct moe4_cpu_group *g = &s->group[i];
+        run_product(c->moe->ctx, g, g->set->hidden, g->set->intermediate, 0, down_task);
+    }
+    moe4_cpu_lap(s, MOE4_STAGE_DOWN);
+    return MOE4_OK;
+}

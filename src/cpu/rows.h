@@ -1,0 +1,38 @@
+/* Activation rows: the fp32 form that several product families share, and the stage that rounds and packs rows for any family. */
+#ifndef MOE4_CPU_ROWS_H
+#define MOE4_CPU_ROWS_H
+
+#include "../internal.h"
+#include "kernels.h"
+
+/* moe4_gemm.packed_bytes of families that read weights where they lie. */
+size_t moe4_in_place(const moe4_weight *w);
+/* fp32 rows: k values, zeros up to a multiple of 16. In the NVFP4 modes the values are e2m1 * block scale, exact. */
+size_t moe4_fp32_row_bytes(size_t k);
+uint64_t moe4_fp32_pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                            const struct moe4_rounding *rounding);
+
+/* Rounds and packs n_rows rows of k elements. Row i comes from source row index[i], or i. */
+struct moe4_row_stage {
+    moe4_ctx *ctx;
+    const struct moe4_gemm *gemm;
+    moe4_act act;
+    size_t n_rows, k;
+    const void *src;
+    moe4_dtype src_dtype;
+    size_t src_ld;
+    const int32_t *index;
+    const float *input_scale; /* STATIC: [n_rows], or one for all with one_input_scale */
+    bool one_input_scale;
+    void *packed;                      /* [n_rows][gemm->row_bytes(k)] */
+    float *factor;                     /* [n_rows]; NaN for a row with a NaN or Inf, which is packed as zeros */
+    float *scratch;                    /* [moe4_row_tasks(ctx)][k rounded up to 16] */
+    uint64_t n_saturated, n_nonfinite; /* out */
+};
+void moe4_pack_rows(struct moe4_row_stage *stage);
+size_t moe4_row_tasks(const moe4_ctx *ctx);
+
+/* moe4_pool_run, or plainly on the caller when `work` (multiply-adds, or elements times ten) would not pay for waking a worker. */
+void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg);
+
+#endif

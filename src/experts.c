@@ -1,0 +1,90 @@
+/* The rules that weights and experts must keep before any backend sees them. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "backend.h"
+#include "cpu/pool.h"
+
+static const char *const act_names[] = {"default", "w4a16", "static", "tensor", "token", "bf16"};
+enum { N_ACTS = sizeof act_names / sizeof *act_names };
+
+const char *moe4_act_name(moe4_act act) {
+    return (size_t)act < N_ACTS ? act_names[act] : "?";
+}
+
+moe4_status moe4_act_from_name(moe4_act *act_ret, const char *name) {
+    for (int i = 0; name && i < N_ACTS; i++)
+        if (strcmp(name, act_names[i]) == 0) {
+            *act_ret = (moe4_act)i;
+            return MOE4_OK;
+        }
+    return MOE4_ERROR_ARGUMENT;
+}
+
+moe4_act moe4_act_resolve(moe4_act act, moe4_dtype dtype) {
+    if (dtype != MOE4_NVFP4) return MOE4_ACT_BF16;
+    return act == MOE4_ACT_DEFAULT || act == MOE4_ACT_BF16 ? MOE4_ACT_TOKEN : act;
+}
+
+static bool positive(float x) {
+    return isfinite(x) && x > 0;
+}
+
+moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
+    bool nvfp4 = w->dtype == MOE4_NVFP4;
+    MOE4_CHECK(ctx, nvfp4 || w->dtype == MOE4_BF16 || w->dtype == MOE4_F16 || w->dtype == MOE4_F32, MOE4_ERROR_ARGUMENT,
+               "%s: dtype %s (weights are NVFP4, BF16, F16 or F32)", what, moe4_dtype_name(w->dtype));
+    MOE4_CHECK(ctx, w->data && (!nvfp4 || w->scale), MOE4_ERROR_ARGUMENT, "%s: NULL %s", what, w->data ? "scale" : "data");
+    MOE4_CHECK(ctx, w->rows && w->cols, MOE4_ERROR_ARGUMENT, "%s: shape %zu x %zu", what, w->rows, w->cols);
+    size_t bytes;
+    MOE4_CHECK(ctx, moe4_mul(&bytes, w->rows, w->cols) && moe4_mul(&bytes, bytes, 4), MOE4_ERROR_ARGUMENT,
+               "%s: shape %zu x %zu is too large", what, w->rows, w->cols);
+    if (!nvfp4) return MOE4_OK;
+    MOE4_CHECK(ctx, w->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT, "%s: %zu columns, NVFP4 needs a multiple of %d", what, w->cols,
+               MOE4_BLOCK);
+    MOE4_CHECK(ctx, positive(w->global), MOE4_ERROR_ARGUMENT, "%s: global scale %g (must be positive and finite)", what, (double)w->global);
+    MOE4_CHECK(ctx, w->input_scale == 0 || positive(w->input_scale), MOE4_ERROR_ARGUMENT,
+               "%s: input scale %g (must be positive and finite, or 0)", what, (double)w->input_scale);
+    return MOE4_OK;
+}
+
+moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const moe4_workspace *ws, size_t need) {
+    MOE4_CHECK(ctx, ws && (ws->data || !need), MOE4_ERROR_ARGUMENT, "%s: no workspace, need %zu bytes", call, need);
+    MOE4_CHECK(ctx, ws->bytes >= need, MOE4_ERROR_ARGUMENT, "%s: workspace of %zu bytes, need %zu", call, ws->bytes, need);
+    MOE4_CHECK(ctx, (uintptr_t)ws->data % 64 == 0, MOE4_ERROR_ARGUMENT, "%s: workspace at %p, not a multiple of 64", call, ws->data);
+    return MOE4_OK;
+}
+
+/* ---- block scales: every byte is looked at before it is used ---- */
+
+enum { SCAN_BYTES = 1 << 16 };
+
+struct scan {
+    const uint8_t *scale;
+    size_t bytes;
+    _Atomic size_t first_bad;
+};
+
+static void scan_task(void *arg, size_t task) {
+    struct scan *s = arg;
+    size_t from = task * SCAN_BYTES, n = s->bytes - from < SCAN_BYTES ? s->bytes - from : SCAN_BYTES;
+    uint8_t most = 0;
+    for (size_t i = 0; i < n; i++) most = s->scale[from + i] > most ? s->scale[from + i] : most;
+    if (most <= 0x7E) return;
+    size_t at = from;
+    while (s->scale[at] <= 0x7E) at++;
+    size_t seen = s->first_bad;
+    while (at < seen && !atomic_compare_exchange_weak(&s->first_bad, &seen, at)) {
+    }
+}
+
+moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
+    if (w->dtype != MOE4_NVFP4) return MOE4_OK;
+    struct scan s = {.scale = w->scale, .bytes = w->rows * (w->cols / MOE4_BLOCK), .first_bad = SIZE_MAX};
+    moe4_pool_run(ctx->pool, (s.bytes + SCAN_BYTES - 1) / SCAN_BYTES, scan_task, &s);
+    size_t bad = s.first_bad, n = w->cols / MOE4_BLOCK;
+    MOE4_CHECK(ctx, bad == SIZE_MAX, MOE4_ERROR_FORMAT, "%s: block scale [%zu, %zu] is 0x%02x, a %s (0x00 to 0x7e are scales)", what,
+               bad / n, bad % n, w->scale[bad], w->scale[bad] == 0x7F ? "NaN" : "signed byte");
+    return MOE4_OK;
+}

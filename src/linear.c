@@ -1,0 +1,87 @@
+/* Linear: one or several matrices that read the same rows. */
+#include <stdio.h>
+#include <string.h>
+
+#include "backend.h"
+
+static moe4_status linear_init(moe4_linear *l, const moe4_weight *weights, size_t n_weights) {
+    const moe4_ctx *ctx = l->ctx;
+    moe4_linear_options *o = &l->o;
+    MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
+    MOE4_CHECK(ctx, o->x_dtype == MOE4_F32 || o->x_dtype == MOE4_BF16 || o->x_dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
+               "options.x_dtype: %s (F32, BF16 or F16)", moe4_dtype_name(o->x_dtype));
+    MOE4_CHECK(ctx, o->y_dtype == MOE4_F32 || o->y_dtype == MOE4_BF16, MOE4_ERROR_ARGUMENT, "options.y_dtype: %s (F32 or BF16)",
+               moe4_dtype_name(o->y_dtype));
+    l->cols = weights->cols;
+    moe4_act act = moe4_act_resolve(o->act, weights->dtype);
+    MOE4_CHECK(ctx, o->act == MOE4_ACT_DEFAULT || act == o->act, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the weights are %s",
+               moe4_act_name(o->act), moe4_dtype_name(weights->dtype));
+    o->act = act;
+    if (!o->x_ld) o->x_ld = l->cols;
+    MOE4_CHECK(ctx, o->x_ld >= l->cols, MOE4_ERROR_ARGUMENT, "options.x_ld: %zu, the rows have %zu", o->x_ld, l->cols);
+    for (size_t i = 0; i < n_weights; i++) {
+        char what[32];
+        snprintf(what, sizeof what, "weight %zu", i);
+        MOE4_TRY(moe4_weight_check(ctx, &weights[i], what));
+        MOE4_CHECK(ctx, weights[i].cols == l->cols, MOE4_ERROR_ARGUMENT, "%s: %zu columns, weight 0 has %zu", what, weights[i].cols,
+                   l->cols);
+        MOE4_CHECK(ctx, weights[i].dtype == weights->dtype, MOE4_ERROR_ARGUMENT, "%s: dtype %s, weight 0 has %s", what,
+                   moe4_dtype_name(weights[i].dtype), moe4_dtype_name(weights->dtype));
+        MOE4_CHECK(ctx, act != MOE4_ACT_STATIC || weights[i].input_scale > 0, MOE4_ERROR_ARGUMENT,
+                   "%s: mode static needs an input_scale (%g)", what, (double)weights[i].input_scale);
+        MOE4_TRY(moe4_scales_check(ctx, &weights[i], what));
+        if (weights[i].input_scale > l->input_scale) l->input_scale = weights[i].input_scale;
+    }
+    l->weight = moe4_calloc(ctx, n_weights, sizeof *weights, "weights");
+    if (!l->weight) return MOE4_ERROR_MEMORY;
+    memcpy(l->weight, weights, n_weights * sizeof *weights);
+    l->n_weights = n_weights;
+    return ctx->backend->linear_prepare(l);
+}
+
+moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_weights,
+                               const moe4_linear_options *options) {
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, linear_ret, MOE4_ERROR_ARGUMENT, "moe4_linear_create: NULL linear_ret");
+    *linear_ret = NULL;
+    MOE4_CHECK(ctx, weights && n_weights, MOE4_ERROR_ARGUMENT, "moe4_linear_create: no weights");
+    moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
+    MOE4_CHECK(ctx, moe4_options_read(&o, sizeof o, options), MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is unknown");
+    moe4_linear *l = moe4_calloc(ctx, 1, sizeof *l, "linear");
+    if (!l) return MOE4_ERROR_MEMORY;
+    l->ctx = ctx;
+    l->o = o;
+    moe4_status status = linear_init(l, weights, n_weights);
+    if (status != MOE4_OK) {
+        moe4_linear_destroy(l);
+        return status;
+    }
+    *linear_ret = l;
+    return MOE4_OK;
+}
+
+void moe4_linear_destroy(moe4_linear *l) {
+    if (!l) return;
+    l->ctx->backend->linear_release(l);
+    moe4_free(l->ctx, l->weight);
+    moe4_free(l->ctx, l);
+}
+
+moe4_status moe4_linear_workspace_bytes(const moe4_linear *l, size_t *bytes_ret, size_t n_tokens) {
+    moe4_begin(l->ctx);
+    MOE4_CHECK(l->ctx, n_tokens <= INT32_MAX && l->ctx->backend->linear_bytes(bytes_ret, l, n_tokens), MOE4_ERROR_ARGUMENT,
+               "n_tokens: a workspace for %zu is too large", n_tokens);
+    return MOE4_OK;
+}
+
+moe4_status moe4_linear_forward(const moe4_linear *l, void *const *y, uint64_t *n_saturated_ret, const void *x, size_t n_tokens,
+                                const moe4_workspace *workspace, void *stream) {
+    size_t need;
+    MOE4_TRY(moe4_linear_workspace_bytes(l, &need, n_tokens));
+    MOE4_TRY(moe4_workspace_check(l->ctx, "moe4_linear_forward", workspace, need));
+    MOE4_CHECK(l->ctx, !n_tokens || (x && y), MOE4_ERROR_ARGUMENT, "moe4_linear_forward: NULL %s", x ? "y" : "x");
+    for (size_t i = 0; n_tokens && i < l->n_weights; i++)
+        MOE4_CHECK(l->ctx, y[i], MOE4_ERROR_ARGUMENT, "moe4_linear_forward: NULL y[%zu]", i);
+    struct moe4_linear_call c = {l, y, n_saturated_ret, x, n_tokens, workspace->data, stream};
+    return l->ctx->backend->linear_forward(&c);
+}

@@ -1,0 +1,199 @@
+/* The mixture-of-experts layer: moe4_moe_forward at the end is the index of the whole library. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "backend.h"
+
+/* ---- making a layer ---- */
+
+static moe4_status check_expert(const moe4_ctx *ctx, const moe4_expert *e, const moe4_expert *first, const char *name, size_t number) {
+    const struct {
+        const char *name;
+        const moe4_weight *w, *like;
+        size_t rows, cols;
+    } proj[] = {{"gate", &e->gate, &first->gate, first->gate.rows, first->gate.cols},
+                {"up", &e->up, &first->gate, first->gate.rows, first->gate.cols},
+                {"down", &e->down, &first->down, first->gate.cols, first->gate.rows}};
+    for (int p = 0; p < 3; p++) {
+        char what[64];
+        snprintf(what, sizeof what, "%s %zu %s", name, number, proj[p].name);
+        const moe4_weight *w = proj[p].w;
+        MOE4_TRY(moe4_weight_check(ctx, w, what));
+        MOE4_CHECK(ctx, w->rows == proj[p].rows && w->cols == proj[p].cols, MOE4_ERROR_ARGUMENT, "%s: shape %zu x %zu, need %zu x %zu",
+                   what, w->rows, w->cols, proj[p].rows, proj[p].cols);
+        MOE4_CHECK(ctx, w->dtype == proj[p].like->dtype, MOE4_ERROR_ARGUMENT, "%s: dtype %s beside %s", what, moe4_dtype_name(w->dtype),
+                   moe4_dtype_name(proj[p].like->dtype));
+        MOE4_TRY(moe4_scales_check(ctx, w, what));
+    }
+    return MOE4_OK;
+}
+
+static moe4_status check_input_scales(const moe4_ctx *ctx, const struct moe4_experts *g, const char *name) {
+    for (size_t e = 0; e < g->n; e++) {
+        const moe4_expert *x = &g->expert[e];
+        MOE4_CHECK(ctx, g->act_x != MOE4_ACT_STATIC || (x->gate.input_scale > 0 && x->up.input_scale > 0), MOE4_ERROR_ARGUMENT,
+                   "%s %zu: mode static needs an input_scale for gate and up (%g, %g)", name, e, (double)x->gate.input_scale,
+                   (double)x->up.input_scale);
+        MOE4_CHECK(ctx, g->act_h != MOE4_ACT_STATIC || x->down.input_scale > 0, MOE4_ERROR_ARGUMENT,
+                   "%s %zu: mode static needs an input_scale for down (%g)", name, e, (double)x->down.input_scale);
+    }
+    return MOE4_OK;
+}
+
+static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n, const char *name) {
+    const moe4_ctx *ctx = moe->ctx;
+    struct moe4_experts *g = &moe->group[moe->n_groups];
+    g->expert = moe4_calloc(ctx, n, sizeof *experts, name);
+    if (!g->expert) return MOE4_ERROR_MEMORY;
+    memcpy(g->expert, experts, n * sizeof *experts);
+    g->n = n;
+    g->hidden = experts->gate.cols;
+    g->intermediate = experts->gate.rows;
+    g->act_x = moe4_act_resolve(moe->o.act, experts->gate.dtype);
+    g->act_h = moe4_act_resolve(moe->o.act, experts->down.dtype);
+    moe->n_groups++; /* from here on destroy releases it */
+    for (size_t e = 0; e < n; e++) MOE4_TRY(check_expert(ctx, &experts[e], experts, name, e));
+    MOE4_TRY(check_input_scales(ctx, g, name));
+    MOE4_CHECK(ctx, g->hidden == moe->group[0].hidden, MOE4_ERROR_ARGUMENT, "%s: hidden size %zu, the routed experts have %zu", name,
+               g->hidden, moe->group[0].hidden);
+    return ctx->backend->experts_prepare(moe->ctx, g);
+}
+
+static moe4_status check_options(const moe4_ctx *ctx, moe4_moe_options *o) {
+    MOE4_CHECK(ctx, o->n_experts >= 1, MOE4_ERROR_ARGUMENT, "options.n_experts: 0");
+    MOE4_CHECK(ctx, o->first_expert < o->n_experts, MOE4_ERROR_ARGUMENT, "options.first_expert: %zu of %zu experts", o->first_expert,
+               o->n_experts);
+    if (!o->n_local) o->n_local = o->n_experts - o->first_expert;
+    MOE4_CHECK(ctx, o->n_local <= o->n_experts - o->first_expert, MOE4_ERROR_ARGUMENT,
+               "options.n_local: experts %zu + %zu, but there are %zu", o->first_expert, o->n_local, o->n_experts);
+    MOE4_CHECK(ctx, o->n_experts <= INT32_MAX, MOE4_ERROR_ARGUMENT, "options.n_experts: %zu, at most %d", o->n_experts, INT32_MAX);
+    MOE4_CHECK(ctx, o->top_k >= 1 && o->top_k <= o->n_experts, MOE4_ERROR_ARGUMENT, "options.top_k: %zu of %zu experts", o->top_k,
+               o->n_experts);
+    MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
+    MOE4_CHECK(ctx, isfinite(o->swiglu_limit) && o->swiglu_limit >= 0, MOE4_ERROR_ARGUMENT, "options.swiglu_limit: %g",
+               (double)o->swiglu_limit);
+    MOE4_CHECK(ctx, o->x_dtype == MOE4_F32 || o->x_dtype == MOE4_BF16 || o->x_dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
+               "options.x_dtype: %s (F32, BF16 or F16)", moe4_dtype_name(o->x_dtype));
+    MOE4_CHECK(ctx, o->y_dtype == MOE4_F32 || o->y_dtype == MOE4_BF16, MOE4_ERROR_ARGUMENT, "options.y_dtype: %s (F32 or BF16)",
+               moe4_dtype_name(o->y_dtype));
+    MOE4_CHECK(ctx, o->ids_dtype == MOE4_I32 || o->ids_dtype == MOE4_I64, MOE4_ERROR_ARGUMENT, "options.ids_dtype: %s (I32 or I64)",
+               moe4_dtype_name(o->ids_dtype));
+    return MOE4_OK;
+}
+
+static moe4_status check_resolved(moe4_moe *moe) {
+    const moe4_ctx *ctx = moe->ctx;
+    moe4_moe_options *o = &moe->o;
+    moe->hidden = moe->group[0].hidden;
+    if (!o->x_ld) o->x_ld = moe->hidden;
+    if (!o->y_ld) o->y_ld = moe->hidden;
+    MOE4_CHECK(ctx, o->x_ld >= moe->hidden && o->y_ld >= moe->hidden, MOE4_ERROR_ARGUMENT, "options: x_ld %zu, y_ld %zu, hidden size %zu",
+               o->x_ld, o->y_ld, moe->hidden);
+    bool runs = o->act == MOE4_ACT_DEFAULT;
+    for (size_t g = 0; g < moe->n_groups; g++) runs |= moe->group[g].act_x == o->act || moe->group[g].act_h == o->act;
+    MOE4_CHECK(ctx, runs, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the experts are %s", moe4_act_name(o->act),
+               moe4_dtype_name(moe->group[0].expert->gate.dtype));
+    if (o->act == MOE4_ACT_DEFAULT) o->act = moe->group[0].act_x;
+    return MOE4_OK;
+}
+
+static moe4_status moe_init(moe4_moe *moe, const moe4_expert *experts) {
+    MOE4_TRY(check_options(moe->ctx, &moe->o));
+    MOE4_TRY(add_group(moe, experts, moe->o.n_local, "expert"));
+    if (moe->o.shared) MOE4_TRY(add_group(moe, moe->o.shared, 1, "shared expert"));
+    moe->o.shared = NULL; /* was the caller's */
+    return check_resolved(moe);
+}
+
+moe4_status moe4_moe_create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_expert *experts, const moe4_moe_options *options) {
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, moe_ret, MOE4_ERROR_ARGUMENT, "moe4_moe_create: NULL moe_ret");
+    *moe_ret = NULL;
+    MOE4_CHECK(ctx, experts && options, MOE4_ERROR_ARGUMENT, "moe4_moe_create: NULL %s", experts ? "options" : "experts");
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    MOE4_CHECK(ctx, moe4_options_read(&o, sizeof o, options), MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is unknown");
+    moe4_moe *moe = moe4_calloc(ctx, 1, sizeof *moe, "layer");
+    if (!moe) return MOE4_ERROR_MEMORY;
+    moe->ctx = ctx;
+    moe->o = o;
+    moe4_status status = moe_init(moe, experts);
+    if (status != MOE4_OK) {
+        moe4_moe_destroy(moe);
+        return status;
+    }
+    *moe_ret = moe;
+    return MOE4_OK;
+}
+
+void moe4_moe_destroy(moe4_moe *moe) {
+    if (!moe) return;
+    for (size_t g = 0; g < moe->n_groups; g++) {
+        moe->ctx->backend->experts_release(moe->ctx, &moe->group[g]);
+        moe4_free(moe->ctx, moe->group[g].expert);
+    }
+    moe4_free(moe->ctx, moe);
+}
+
+moe4_act moe4_moe_act(const moe4_moe *moe) {
+    return moe->o.act;
+}
+
+/* ---- running it ---- */
+
+moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_tokens) {
+    moe4_begin(moe->ctx);
+    size_t n_slots;
+    MOE4_CHECK(moe->ctx, moe4_mul(&n_slots, n_tokens, moe->o.top_k) && n_slots <= INT32_MAX, MOE4_ERROR_ARGUMENT,
+               "n_tokens: %zu tokens x top_k %zu, at most %d slots", n_tokens, moe->o.top_k, INT32_MAX);
+    MOE4_CHECK(moe->ctx, moe->ctx->backend->moe_bytes(bytes_ret, moe, n_tokens), MOE4_ERROR_ARGUMENT,
+               "n_tokens: a workspace for %zu is too large", n_tokens);
+    return MOE4_OK;
+}
+
+static moe4_status check_call(const struct moe4_moe_call *c, const moe4_workspace *workspace) {
+    const moe4_moe *moe = c->moe;
+    const moe4_ctx *ctx = moe->ctx;
+    size_t need;
+    MOE4_TRY(moe4_moe_workspace_bytes(moe, &need, c->n_tokens));
+    MOE4_TRY(moe4_workspace_check(ctx, "moe4_moe_forward", workspace, need));
+    MOE4_CHECK(ctx, !c->n_tokens || (c->x && c->y), MOE4_ERROR_ARGUMENT, "moe4_moe_forward: NULL %s", c->x ? "y" : "x");
+    MOE4_CHECK(ctx, !c->n_tokens || (c->ids && c->weights) || (moe->o.n_experts == 1 && !c->ids && !c->weights), MOE4_ERROR_ARGUMENT,
+               "moe4_moe_forward: NULL %s, and the layer has %zu experts", c->ids ? "topk_weights" : "topk_ids", moe->o.n_experts);
+    return MOE4_OK;
+}
+
+moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights, size_t n_tokens,
+                             const moe4_workspace *workspace, void *stream) {
+    const struct moe4_backend *b = moe->ctx->backend;
+    struct moe4_moe_call c = {moe, y, x, topk_ids, topk_weights, n_tokens, workspace ? workspace->data : NULL, stream};
+    moe4_begin(moe->ctx);
+    MOE4_TRY(check_call(&c, workspace));
+
+    MOE4_TRY(b->begin(&c));      /* carve the workspace */
+    MOE4_TRY(b->dispatch(&c));   /* slots [T,k] sorted by expert */
+    MOE4_TRY(b->quantize_x(&c)); /* rows of x as the products read them */
+    MOE4_TRY(b->gate_up(&c));    /* g, u = x @ Wgate^T, x @ Wup^T; h = SwiGLU(g, u) */
+    MOE4_TRY(b->quantize_h(&c));
+    MOE4_TRY(b->down(&c)); /* o = h @ Wdown^T, one row for each slot */
+    return b->combine(&c); /* y[t] = sum of weight[t,k] * o in slot order, rounded once */
+}
+
+moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,
+                                 const moe4_workspace *workspace, void *stream) {
+    moe4_begin(moe->ctx);
+    MOE4_CHECK(moe->ctx, report_ret, MOE4_ERROR_ARGUMENT, "moe4_moe_report_read: NULL report_ret");
+    size_t need;
+    MOE4_TRY(moe4_moe_workspace_bytes(moe, &need, 0));
+    MOE4_TRY(moe4_workspace_check(moe->ctx, "moe4_moe_report_read", workspace, need));
+    struct moe4_moe_call c = {.moe = moe, .workspace = workspace->data, .stream = stream};
+    moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+    MOE4_TRY(moe->ctx->backend->report(&c, &report, tokens_per_expert));
+    moe4_struct_write(report_ret, &report, sizeof report);
+    return MOE4_OK;
+}
+
+const char *moe4_stage_name(moe4_stage stage) {
+    static const char *const names[] = {"dispatch", "quantize x", "gate/up", "quantize h", "down", "combine"};
+    return (unsigned)stage < MOE4_N_STAGES ? names[stage] : "?";
+}
