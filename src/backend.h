@@ -8,7 +8,7 @@
 /* Experts of one shape and one format: a layer's routed ones, or its shared one. */
 struct moe4_experts {
     size_t n, hidden, intermediate;
-    moe4_expert *expert;   /* [n] */
+    moe4_expert *expert;   /* [n]; the global of an unquantized matrix is 1 */
     moe4_act act_x, act_h; /* what the input of gate/up and of down is rounded to */
     void *prepared;        /* the backend's: packed weights and the kernels that read them */
 };
@@ -38,7 +38,7 @@ struct moe4_linear {
     moe4_linear_options o;
     size_t cols;
     float input_scale; /* STATIC: the largest of the weights' */
-    moe4_weight *weight;
+    moe4_weight *weight; /* the global of an unquantized matrix is 1 */
     size_t n_weights;
     void *prepared;
 };

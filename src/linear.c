@@ -35,6 +35,7 @@ static moe4_status linear_init(moe4_linear *l, const moe4_weight *weights, size_
     l->weight = moe4_calloc(ctx, n_weights, sizeof *weights, "weights");
     if (!l->weight) return MOE4_ERROR_MEMORY;
     memcpy(l->weight, weights, n_weights * sizeof *weights);
+    for (size_t i = 0; i < n_weights && weights->dtype != MOE4_NVFP4; i++) l->weight[i].global = 1;
     l->n_weights = n_weights;
     return ctx->backend->linear_prepare(l);
 }

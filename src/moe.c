@@ -53,7 +53,11 @@ static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n
     g->act_x = moe4_act_resolve(moe->o.act, experts->gate.dtype);
     g->act_h = moe4_act_resolve(moe->o.act, experts->down.dtype);
     moe->n_groups++; /* from here on destroy releases it */
-    for (size_t e = 0; e < n; e++) MOE4_TRY(check_expert(ctx, &experts[e], experts, name, e));
+    for (size_t e = 0; e < n; e++) {
+        MOE4_TRY(check_expert(ctx, &experts[e], experts, name, e));
+        if (experts->gate.dtype != MOE4_NVFP4) g->expert[e].gate.global = g->expert[e].up.global = 1;
+        if (experts->down.dtype != MOE4_NVFP4) g->expert[e].down.global = 1;
+    }
     MOE4_TRY(check_input_scales(ctx, g, name));
     MOE4_CHECK(ctx, g->hidden == moe->group[0].hidden, MOE4_ERROR_ARGUMENT, "%s: hidden size %zu, the routed experts have %zu", name,
                g->hidden, moe->group[0].hidden);

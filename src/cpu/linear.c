@@ -65,13 +65,12 @@ static void product_task(void *arg, size_t task) {
     size_t N = l->weight[i].rows, col0 = block * TASK_COLS;
     size_t n_cols = N - col0 < TASK_COLS ? N - col0 : TASK_COLS;
     size_t n_rows = r->c->n_tokens - row0 < TASK_ROWS ? r->c->n_tokens - row0 : TASK_ROWS;
-    float global = l->weight[i].dtype == MOE4_NVFP4 ? l->weight[i].global : 1.f;
 
     _Alignas(64) float out[TASK_ROWS * TASK_COLS];
     p->gemm->gemm(out, TASK_COLS, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols);
     for (size_t m = 0; m < n_rows; m++) {
         char *y = (char *)r->c->y[i] + ((row0 + m) * N + col0) * moe4_dtype_bytes(l->o.y_dtype);
-        l->ctx->kernels->scale_row(out + m * TASK_COLS, global, r->b.factor[row0 + m], n_cols);
+        l->ctx->kernels->scale_row(out + m * TASK_COLS, l->weight[i].global, r->b.factor[row0 + m], n_cols);
         l->ctx->kernels->narrow_row(y, l->o.y_dtype, out + m * TASK_COLS, n_cols);
     }
 }

@@ -78,7 +78,7 @@ moe4_status moe4_cpu_begin(const struct moe4_moe_call *call) {
     *s = (struct moe4_cpu_state){.moe = call->moe, .n_tokens = call->n_tokens, .report = MOE4_MOE_REPORT_INIT, .lap = now()};
     s->report.n_tokens = call->n_tokens;
     carve(&bytes, call->moe, call->n_tokens, call->workspace, s);
-    for (size_t i = 0; i < call->moe->n_groups; i++) s->group[i].routed = i == 0 && call->ids;
+    for (size_t i = 0; i < call->moe->n_groups; i++) s->group[i].routed = i == 0 && (call->ids || call->moe->o.n_experts > 1);
     if (moe4_cpu_shares_x(call->moe, call->moe->n_groups - 1)) {
         s->group[1].x_rows = s->group[0].x_rows;
         s->group[1].x_factor = s->group[0].x_factor;

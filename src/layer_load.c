@@ -1,0 +1,82 @@
+/* Layers and routers of a checkpoint: what moe4_moe_create and moe4_router_create want, found by layer number. */
+#include <string.h>
+
+#include "internal.h"
+
+static moe4_status load_expert(const moe4_checkpoint *ckpt, moe4_expert *expert, size_t layer, int64_t number) {
+    MOE4_TRY(moe4_checkpoint_expert(ckpt, &expert->gate, layer, number, MOE4_GATE));
+    MOE4_TRY(moe4_checkpoint_expert(ckpt, &expert->up, layer, number, MOE4_UP));
+    return moe4_checkpoint_expert(ckpt, &expert->down, layer, number, MOE4_DOWN);
+}
+
+/* What config.json says, where the caller left a 0. */
+static void fill_options(moe4_moe_options *o, const moe4_model_info *info, moe4_layer_kind kind) {
+    o->n_experts = kind == MOE4_LAYER_DENSE ? 1 : info->n_experts;
+    if (!o->top_k) o->top_k = kind == MOE4_LAYER_DENSE ? 1 : info->router.top_k;
+    if (o->swiglu_limit == 0) o->swiglu_limit = info->swiglu_limit;
+}
+
+static moe4_status create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer, moe4_layer_kind kind,
+                          moe4_expert *experts, moe4_moe_options *o, bool shared) {
+    for (size_t e = 0; e < o->n_local; e++)
+        MOE4_TRY(load_expert(ckpt, &experts[e], layer, kind == MOE4_LAYER_DENSE ? MOE4_EXPERT_DENSE : (int64_t)(o->first_expert + e)));
+    moe4_expert shared_expert;
+    if (shared) MOE4_TRY(load_expert(ckpt, &shared_expert, layer, MOE4_EXPERT_SHARED));
+    o->shared = shared ? &shared_expert : NULL;
+    return moe4_moe_create(moe_ret, ctx, experts, o);
+}
+
+moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
+                                            const moe4_moe_options *options) {
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, moe_ret, MOE4_ERROR_ARGUMENT, "moe4_moe_create_from_checkpoint: NULL moe_ret");
+    *moe_ret = NULL;
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    MOE4_CHECK(ctx, moe4_options_read(&o, sizeof o, options), MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is unknown");
+    moe4_model_info info = MOE4_MODEL_INFO_INIT;
+    moe4_layer_kind kind;
+    MOE4_TRY(moe4_checkpoint_info(ckpt, &info));
+    MOE4_TRY(moe4_checkpoint_layer_kind(ckpt, &kind, layer));
+    fill_options(&o, &info, kind);
+    MOE4_CHECK(ctx, o.first_expert < o.n_experts && o.n_local <= o.n_experts - o.first_expert, MOE4_ERROR_ARGUMENT,
+               "options: experts %zu + %zu, but layer %zu has %zu", o.first_expert, o.n_local, layer, o.n_experts);
+    if (!o.n_local) o.n_local = o.n_experts - o.first_expert;
+    moe4_expert *experts = moe4_calloc(ctx, o.n_local, sizeof *experts, "experts");
+    if (!experts) return MOE4_ERROR_MEMORY;
+    bool shared = o.with_shared && kind == MOE4_LAYER_MOE && info.n_shared_experts;
+    moe4_status status = create(moe_ret, ctx, ckpt, layer, kind, experts, &o, shared);
+    moe4_free(ctx, experts);
+    return status;
+}
+
+moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
+                                               const moe4_router_options *options) {
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, router_ret, MOE4_ERROR_ARGUMENT, "moe4_router_create_from_checkpoint: NULL router_ret");
+    *router_ret = NULL;
+    moe4_router_options o = MOE4_ROUTER_OPTIONS_INIT;
+    MOE4_CHECK(ctx, moe4_options_read(&o, sizeof o, options), MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is unknown");
+    moe4_model_info info = MOE4_MODEL_INFO_INIT;
+    moe4_weight gate;
+    moe4_tensor bias;
+    MOE4_TRY(moe4_checkpoint_info(ckpt, &info));
+    MOE4_TRY(moe4_checkpoint_router(ckpt, &gate, &bias, layer));
+    info.router.x_dtype = o.x_dtype;
+    info.router.x_ld = o.x_ld;
+    if (!bias.data) return moe4_router_create(router_ret, ctx, &gate, NULL, &info.router);
+
+    float *b = moe4_calloc(ctx, info.n_experts, sizeof *b, "router bias");
+    if (!b) return MOE4_ERROR_MEMORY;
+    for (size_t e = 0; e < info.n_experts; e++) {
+        uint16_t half;
+        if (bias.dtype == MOE4_F32) {
+            memcpy(&b[e], (const char *)bias.data + 4 * e, 4);
+        } else {
+            memcpy(&half, (const char *)bias.data + 2 * e, 2);
+            b[e] = bias.dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
+        }
+    }
+    moe4_status status = moe4_router_create(router_ret, ctx, &gate, b, &info.router);
+    moe4_free(ctx, b);
+    return status;
+}
