@@ -1,12 +1,14 @@
 # A thin front over CMake. Options go the same way: make BUILD=build-clang CMAKE_FLAGS=-DCMAKE_C_COMPILER=clang
 #
 #   make          build/moe4, build/libmoe4.so and build/libmoe4.a, from what is installed
-#   make check    installs what is missing, then builds and runs all tests
+#   make run      installs what is missing, builds, and runs the bundled model's layer 3 in every mode
+#   make check    the same, then all tests
 #   make install  to PREFIX (/usr/local), below DESTDIR
 #   make format   clang-format over the tree
 BUILD ?= build
 PREFIX ?= /usr/local
 CMAKE_FLAGS ?=
+CTEST_FLAGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 # Asked for when the build folder is made; what it has later stays.
@@ -19,12 +21,18 @@ all:
 	@$(CONFIGURE) >/dev/null
 	@cmake --build $(BUILD) -j $(JOBS)
 
+run:
+	@scripts/install-deps build
+	@$(MAKE) --no-print-directory all
+	@scripts/run-demo $(BUILD)/moe4
+
 check:
 	@scripts/install-deps check
+	@$(MAKE) --no-print-directory run
 	@scripts/make-venv $(BUILD)/venv
 	@$(CONFIGURE) -DMOE4_TESTS=ON >/dev/null
 	@cmake --build $(BUILD) -j $(JOBS)
-	@ctest --test-dir $(BUILD) --output-on-failure
+	@ctest --test-dir $(BUILD) --output-on-failure $(CTEST_FLAGS)
 
 install: all
 	cmake --install $(BUILD) --prefix $(DESTDIR)$(PREFIX)
@@ -35,4 +43,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all check install format clean
+.PHONY: all run check install format clean

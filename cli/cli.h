@@ -22,6 +22,8 @@ struct cli_command {
     int (*run)(int argc, char **argv); /* argv[0] is the command's name; returns an exit status */
 };
 
+int cmd_run(int argc, char **argv);
+
 /* ---- options ---- */
 
 #define CLI_UNSET SIZE_MAX /* the usual start of a CLI_SIZE that has no default */

@@ -6,6 +6,7 @@
 #include "cli.h"
 
 static const struct cli_command commands[] = {
+    {"run", "run one layer on stored activations", cmd_run},
     {NULL, NULL, NULL},
 };
 
@@ -28,7 +29,7 @@ static int run(int argc, char **argv) {
         print_usage(stdout);
         return CLI_FINE;
     }
-    if (argc > 1) return cli_error(CLI_BAD_USAGE, name, "unknown command (see moe4 --help)");
+    if (*name) return cli_error(CLI_BAD_USAGE, name, "unknown command (see moe4 --help)");
     print_usage(stderr);
     return CLI_BAD_USAGE;
 }
