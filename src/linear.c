@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "fpenv.h"
 
 static moe4_status linear_init(moe4_linear *l, const moe4_weight *weights, size_t n_weights) {
     const moe4_ctx *ctx = l->ctx;
@@ -84,5 +85,8 @@ moe4_status moe4_linear_forward(const moe4_linear *l, void *const *y, uint64_t *
     for (size_t i = 0; n_tokens && i < l->n_weights; i++)
         MOE4_CHECK(l->ctx, y[i], MOE4_ERROR_ARGUMENT, "moe4_linear_forward: NULL y[%zu]", i);
     struct moe4_linear_call c = {l, y, n_saturated_ret, x, n_tokens, workspace->data, stream};
-    return l->ctx->backend->linear_forward(&c);
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_status status = l->ctx->backend->linear_forward(&c);
+    moe4_fpenv_leave(env);
+    return status;
 }

@@ -1,9 +1,10 @@
-/* The mixture-of-experts layer: moe4_moe_forward at the end is the index of the whole library. */
+/* The mixture-of-experts layer. run_stages is the index of the whole library. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "backend.h"
+#include "fpenv.h"
 
 /* ---- making a layer ---- */
 
@@ -167,20 +168,26 @@ static moe4_status check_call(const struct moe4_moe_call *c, const moe4_workspac
     return MOE4_OK;
 }
 
+/* The index of the library: what a layer does, in order. */
+static moe4_status run_stages(const struct moe4_backend *b, const struct moe4_moe_call *c) {
+    MOE4_TRY(b->begin(c));      /* carve the workspace */
+    MOE4_TRY(b->dispatch(c));   /* slots [T,k] sorted by expert */
+    MOE4_TRY(b->quantize_x(c)); /* rows of x as the products read them */
+    MOE4_TRY(b->gate_up(c));    /* g, u = x @ Wgate^T, x @ Wup^T; h = SwiGLU(g, u) */
+    MOE4_TRY(b->quantize_h(c)); /* rows of h likewise */
+    MOE4_TRY(b->down(c));       /* o = h @ Wdown^T, one row for each slot */
+    return b->combine(c);       /* y[t] = sum of weight[t,k] * o in slot order, rounded once */
+}
+
 moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights, size_t n_tokens,
                              const moe4_workspace *workspace, void *stream) {
-    const struct moe4_backend *b = moe->ctx->backend;
-    struct moe4_moe_call c = {moe, y, x, topk_ids, topk_weights, n_tokens, workspace ? workspace->data : NULL, stream};
+    const struct moe4_moe_call c = {moe, y, x, topk_ids, topk_weights, n_tokens, workspace ? workspace->data : NULL, stream};
     moe4_begin(moe->ctx);
     MOE4_TRY(check_call(&c, workspace));
-
-    MOE4_TRY(b->begin(&c));      /* carve the workspace */
-    MOE4_TRY(b->dispatch(&c));   /* slots [T,k] sorted by expert */
-    MOE4_TRY(b->quantize_x(&c)); /* rows of x as the products read them */
-    MOE4_TRY(b->gate_up(&c));    /* g, u = x @ Wgate^T, x @ Wup^T; h = SwiGLU(g, u) */
-    MOE4_TRY(b->quantize_h(&c));
-    MOE4_TRY(b->down(&c)); /* o = h @ Wdown^T, one row for each slot */
-    return b->combine(&c); /* y[t] = sum of weight[t,k] * o in slot order, rounded once */
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_status status = run_stages(moe->ctx->backend, &c);
+    moe4_fpenv_leave(env);
+    return status;
 }
 
 moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,

@@ -6,7 +6,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "cpu/fpenv.h"
+#include "fpenv.h"
 #include "cpu/kernels.h"
 #include "internal.h"
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "fpenv.h"
 
 static moe4_status check_options(const moe4_ctx *ctx, moe4_router_options *o) {
     MOE4_CHECK(ctx, o->kind == MOE4_ROUTER_SOFTMAX_TOPK || o->kind == MOE4_ROUTER_SIGMOID_BIAS, MOE4_ERROR_ARGUMENT,
@@ -90,6 +91,14 @@ moe4_status moe4_router_workspace_bytes(const moe4_router *r, size_t *bytes_ret,
     return MOE4_OK;
 }
 
+static moe4_status choose(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
+                          void *stream) {
+    struct moe4_fpenv env = moe4_fpenv_enter();
+    moe4_status status = r->ctx->backend->select(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    moe4_fpenv_leave(env);
+    return status;
+}
+
 moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const void *x, size_t n_tokens,
                                 const moe4_workspace *workspace, void *stream) {
     moe4_begin(r->ctx);
@@ -100,12 +109,12 @@ moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *
     float *logits = workspace->data;
     const moe4_workspace rest = {(char *)workspace->data + logits_bytes, linear_bytes};
     MOE4_TRY(moe4_linear_forward(r->logits, (void *const[]){logits}, NULL, x, n_tokens, &rest, stream));
-    return r->ctx->backend->select(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    return choose(r, topk_ids, topk_weights, logits, n_tokens, stream);
 }
 
 moe4_status moe4_router_select(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
                                void *stream) {
     moe4_begin(r->ctx);
     MOE4_CHECK(r->ctx, !n_tokens || (topk_ids && topk_weights && logits), MOE4_ERROR_ARGUMENT, "moe4_router_select: a NULL buffer");
-    return r->ctx->backend->select(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    return choose(r, topk_ids, topk_weights, logits, n_tokens, stream);
 }

@@ -6,7 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "fpenv.h"
+#include "../fpenv.h"
 
 /* Lives on its caller's stack while it runs. */
 struct job {

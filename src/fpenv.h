@@ -4,8 +4,8 @@
  * so the pool's workers set the default once, at their start.
  *
  * The compiler knows nothing of the register: put calls between enter and leave, not arithmetic. */
-#ifndef MOE4_CPU_FPENV_H
-#define MOE4_CPU_FPENV_H
+#ifndef MOE4_FPENV_H
+#define MOE4_FPENV_H
 
 #include <stdint.h>
 
