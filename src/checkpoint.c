@@ -189,6 +189,7 @@ moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, cons
     moe4_checkpoint *ckpt = moe4_calloc(ctx, 1, sizeof *ckpt, "checkpoint");
     if (!ckpt) return MOE4_ERROR_MEMORY;
     ckpt->ctx = ctx;
+    ckpt->is_folder = is_folder;
     ckpt->path = moe4_text_copy(ctx, path, strlen(path));
     moe4_status status = ckpt->path ? (is_folder ? open_folder(ckpt) : open_file(ckpt)) : MOE4_ERROR_MEMORY;
     if (status != MOE4_OK) {

@@ -10,6 +10,7 @@
 struct moe4_checkpoint {
     moe4_ctx *ctx;
     char *path; /* as the caller gave it */
+    bool is_folder;
     struct moe4_safetensors *shards;
     size_t n_shards;
     size_t *first; /* [n_shards + 1]: the number of each shard's first tensor */
@@ -28,6 +29,8 @@ size_t moe4_checkpoint_seek(const moe4_checkpoint *ckpt, const char *name);
 /* The tensor of that name; NULL, without an error, for none. */
 const moe4_tensor *moe4_checkpoint_lookup(const moe4_checkpoint *ckpt, const char *name);
 const moe4_tensor *moe4_checkpoint_at(const moe4_checkpoint *ckpt, size_t i);
+/* The tensor that holds all experts of a layer, where a checkpoint has such; NULL otherwise. Needs the config. */
+const moe4_tensor *moe4_fused_experts(const moe4_checkpoint *ckpt, size_t layer);
 /* OK when the family and its numbers are known; otherwise why not, as an error. */
 moe4_status moe4_checkpoint_need_config(const moe4_checkpoint *ckpt);
 

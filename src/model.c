@@ -60,14 +60,12 @@ moe4_status moe4_checkpoint_layer_kind(const moe4_checkpoint *ckpt, moe4_layer_k
     return MOE4_OK;
 }
 
-/* Checkpoints that hold all experts of a layer in one 3-D tensor have none of the names looked for: says so instead of NOT_FOUND. */
-static moe4_status check_not_fused(const moe4_checkpoint *ckpt, size_t layer) {
+const moe4_tensor *moe4_fused_experts(const moe4_checkpoint *ckpt, size_t layer) {
     char prefix[MOE4_MAX_NAME + 1];
     moe4_family_name(prefix, sizeof prefix, ckpt->config.family->fused_experts, layer, 0, "");
     size_t i = moe4_checkpoint_seek(ckpt, prefix);
     bool fused = i < ckpt->n_tensors && strncmp(ckpt->by_name[i]->name, prefix, strlen(prefix)) == 0;
-    MOE4_CHECK(ckpt->ctx, !fused, MOE4_ERROR_UNSUPPORTED, "unsupported: fused 3-D experts (found %s)", ckpt->by_name[i]->name);
-    return MOE4_OK;
+    return fused ? ckpt->by_name[i] : NULL;
 }
 
 moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert, moe4_proj proj) {
@@ -87,7 +85,8 @@ moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *wei
         size_t n = c->dim[MOE4_DIM_N_EXPERTS];
         MOE4_CHECK(ctx, expert >= 0 && (uint64_t)expert < n, MOE4_ERROR_ARGUMENT, "layer %zu expert %lld, need 0 to %zu", layer,
                    (long long)expert, n - 1);
-        MOE4_TRY(check_not_fused(ckpt, layer));
+        const moe4_tensor *fused = moe4_fused_experts(ckpt, layer); /* none of the names looked for: not NOT_FOUND but this */
+        MOE4_CHECK(ctx, !fused, MOE4_ERROR_UNSUPPORTED, "unsupported: fused 3-D experts (found %s)", fused->name);
         pattern = c->family->expert;
         inter = c->dim[MOE4_DIM_EXPERT];
     }

@@ -130,6 +130,7 @@ static bool check_matrix(struct module *m, const moe4_tensor *t) {
 
 static void read_plain(struct module *m, moe4_weight *w) {
     const moe4_tensor *t = m->part[WEIGHT];
+    if (m->finding && !m->rows && t->n_dims != 2) return; /* a norm or a convolution: well-formed, and nobody asks for a matrix */
     if (!check_matrix(m, t)) return;
     if (m->rows) check_shape(m, t, m->rows, m->cols);
     *w = (moe4_weight){.dtype = t->dtype, .rows = t->shape[0], .cols = t->shape[1], .data = t->data};
@@ -254,6 +255,12 @@ size_t moe4_module_length(const char *name, bool *is_main_ret) {
         }
     }
     return 0;
+}
+
+bool moe4_module_has_main(const moe4_checkpoint *ckpt, const char *name) {
+    struct module m = {.ckpt = ckpt, .name = name};
+    gather(&m);
+    return main_part(&m);
 }
 
 void moe4_quantization_name(char *dst, size_t dst_bytes, const moe4_checkpoint *ckpt) {

@@ -14,6 +14,8 @@ moe4_status moe4_weight_read(const moe4_checkpoint *ckpt, moe4_weight *weight_re
 /* Bytes of `name` before its suffix when that is a suffix of some format's tensors ("X.weight_scale" -> length of X); 0 otherwise.
  * is_main_ret: it is the tensor that holds the values, the module's one entry. */
 size_t moe4_module_length(const char *name, bool *is_main_ret);
+/* Whether such a tensor stands in module `name`. */
+bool moe4_module_has_main(const moe4_checkpoint *ckpt, const char *name);
 /* "modelopt NVFP4", "none", …: the formats whose tensors the checkpoint has. */
 void moe4_quantization_name(char *dst, size_t dst_bytes, const moe4_checkpoint *ckpt);
 
