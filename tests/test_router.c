@@ -1,0 +1,224 @@
+/* Routers against an fp64 statement of the rules, ties, groups, bad rows and errors. */
+#include "reference.h"
+
+static moe4_ctx *make_ctx(size_t n_threads) {
+    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+    o.n_threads = n_threads;
+    moe4_ctx *ctx;
+    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
+    return ctx;
+}
+
+static moe4_router_options options(moe4_router_kind kind, size_t E, size_t k) {
+    moe4_router_options o = MOE4_ROUTER_OPTIONS_INIT;
+    o.kind = kind;
+    o.n_experts = E;
+    o.top_k = k;
+    return o;
+}
+
+/* Expert e's rank by (value, lower index first) among those allowed. */
+static size_t rank_of(const double *v, const bool *allowed, size_t n, size_t e) {
+    size_t rank = 0;
+    for (size_t i = 0; i < n; i++) rank += allowed[i] && (v[i] > v[e] || (v[i] == v[e] && i < e));
+    return rank;
+}
+
+/* The rules of docs/numerics.md again, with sorting by rank instead of repeated selection. */
+static void reference(const moe4_router_options *o, const float *bias, const float *logits, int32_t *ids, double *weights) {
+    double score[512], choice[512], sum = 0;
+    bool allowed[512], group_allowed[512];
+    size_t E = o->n_experts, n_group = o->n_group ? o->n_group : 1, size = E / n_group;
+    for (size_t e = 0; e < E; e++) sum += exp((double)logits[e]);
+    for (size_t e = 0; e < E; e++) {
+        score[e] = o->kind == MOE4_ROUTER_SOFTMAX_TOPK ? exp((double)logits[e]) / sum : 1 / (1 + exp(-(double)logits[e]));
+        choice[e] = score[e] + (bias ? bias[e] : 0);
+        allowed[e] = group_allowed[e] = true;
+    }
+    if (o->topk_group && o->topk_group < n_group) {
+        double group[512];
+        for (size_t g = 0; g < n_group; g++) {
+            group[g] = 0;
+            for (size_t i = 0; i < size; i++)
+                if (rank_of(choice + g * size, allowed, size, i) < 2) group[g] += choice[g * size + i];
+        }
+        for (size_t e = 0; e < E; e++) allowed[e] = rank_of(group, group_allowed, n_group, e / size) < o->topk_group;
+    }
+    for (size_t e = 0; e < E; e++) {
+        size_t rank = allowed[e] ? rank_of(choice, allowed, E, e) : E;
+        if (rank < o->top_k) ids[rank] = (int32_t)e;
+    }
+    sum = o->kind == MOE4_ROUTER_SIGMOID_BIAS ? 1e-20 : 0;
+    for (size_t j = 0; j < o->top_k; j++) sum += score[ids[j]];
+    for (size_t j = 0; j < o->top_k; j++) weights[j] = score[ids[j]] / (o->normalize ? sum : 1) * (o->scale == 0 ? 1 : o->scale);
+}
+
+static void test_select(void **state) {
+    (void)state;
+    static const struct {
+        moe4_router_kind kind;
+        size_t E, k, n_group, topk_group;
+        int normalize;
+        float scale;
+    } cases[] = {
+        {MOE4_ROUTER_SOFTMAX_TOPK, 8, 2, 0, 0, 1, 0},     {MOE4_ROUTER_SOFTMAX_TOPK, 128, 8, 0, 0, 0, 0},
+        {MOE4_ROUTER_SIGMOID_BIAS, 256, 8, 8, 4, 1, 2.5}, {MOE4_ROUTER_SIGMOID_BIAS, 384, 8, 1, 1, 1, 2.827f},
+        {MOE4_ROUTER_SIGMOID_BIAS, 32, 6, 32, 7, 0, 1},   {MOE4_ROUTER_SIGMOID_BIAS, 12, 4, 4, 2, 1, 1},
+        {MOE4_ROUTER_SIGMOID_BIAS, 5, 5, 1, 1, 1, 1},     {MOE4_ROUTER_SOFTMAX_TOPK, 1, 1, 0, 0, 1, 0},
+    };
+    moe4_ctx *ctx = make_ctx(2);
+    enum { N = 200 };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        moe4_router_options o = options(cases[c].kind, cases[c].E, cases[c].k);
+        o.n_group = cases[c].n_group;
+        o.topk_group = cases[c].topk_group;
+        o.normalize = cases[c].normalize;
+        o.scale = cases[c].scale;
+        float *logits = malloc(N * o.n_experts * sizeof *logits), bias[512];
+        for (size_t i = 0; i < N * o.n_experts; i++) logits[i] = 2 * ref_normal();
+        for (size_t e = 0; e < 512; e++) bias[e] = o.kind == MOE4_ROUTER_SIGMOID_BIAS ? 0.3f * ref_normal() : 0;
+        moe4_router *r;
+        OK(ctx, moe4_router_create(&r, ctx, NULL, bias, &o));
+        int32_t ids[N * 8], want_ids[8];
+        float weights[N * 8];
+        double want[8];
+        OK(ctx, moe4_router_select(r, ids, weights, logits, N, NULL));
+        for (size_t t = 0; t < N; t++) {
+            reference(&o, bias, logits + t * o.n_experts, want_ids, want);
+            for (size_t j = 0; j < o.top_k; j++) {
+                assert_int_equal(ids[t * o.top_k + j], want_ids[j]);
+                assert_float_equal(weights[t * o.top_k + j], want[j], 1e-6 + 1e-5 * want[j]);
+            }
+        }
+        moe4_router_destroy(r);
+        free(logits);
+    }
+    moe4_ctx_destroy(ctx);
+}
+
+static void test_ties_and_extremes(void **state) {
+    (void)state;
+    moe4_ctx *ctx = make_ctx(1);
+    for (int kind = MOE4_ROUTER_SOFTMAX_TOPK; kind <= MOE4_ROUTER_SIGMOID_BIAS; kind++) {
+        moe4_router_options o = options((moe4_router_kind)kind, 6, 3);
+        o.normalize = 1;
+        moe4_router *r;
+        OK(ctx, moe4_router_create(&r, ctx, NULL, NULL, &o));
+        const float logits[4][6] = {{1, 2, 2, 1, 2, 2}, /* ties: the lower index */
+                                    {-300, -300, -300, -300, -300, -300},
+                                    {300, -300, 299, 0, 0, 0},
+                                    {0, NAN, 0, 0, 0, 0}};
+        int32_t ids[12];
+        float w[12];
+        OK(ctx, moe4_router_select(r, ids, w, logits[0], 4, NULL));
+        static const int32_t want[] = {1, 2, 4, 0, 1, 2};
+        assert_memory_equal(ids, want, sizeof want);
+        assert_int_equal(ids[6], 0);
+        for (int i = 0; i < 9; i++) assert_true(isfinite(w[i]) && w[i] >= 0);
+        for (int i = 9; i < 12; i++) assert_true(isnan(w[i]) && ids[i] == i - 9);
+        moe4_router_destroy(r);
+    }
+    moe4_ctx_destroy(ctx);
+}
+
+/* forward = products in fp32, then select; the same bits alone, in a batch, and on any number of threads. */
+static void test_forward(void **state) {
+    (void)state;
+    enum { H = 80, E = 24, K = 4, T = 33 };
+    moe4_ctx *ctx = make_ctx(3), *single = make_ctx(1);
+    const moe4_dtype dtypes[] = {MOE4_BF16, MOE4_F32, MOE4_F16};
+    for (int d = 0; d < 3; d++) {
+        moe4_weight gate = ref_random_weight(dtypes[d], E, H);
+        float x[T * H], logits[T * E];
+        double row[H], product[E];
+        for (size_t i = 0; i < T * H; i++) x[i] = ref_normal();
+        for (size_t t = 0; t < T; t++) {
+            for (size_t i = 0; i < H; i++) row[i] = x[t * H + i];
+            ref_product(product, &gate, row);
+            for (size_t e = 0; e < E; e++) logits[t * E + e] = (float)product[e];
+        }
+        moe4_router_options o = options(MOE4_ROUTER_SIGMOID_BIAS, E, K);
+        o.hidden = H;
+        o.normalize = 1;
+        moe4_router *r, *r1;
+        OK(ctx, moe4_router_create(&r, ctx, &gate, NULL, &o));
+        OK(single, moe4_router_create(&r1, single, &gate, NULL, &o));
+        moe4_workspace ws;
+        OK(ctx, moe4_router_workspace_bytes(r, &ws.bytes, T));
+        ws.data = aligned_alloc(64, ws.bytes);
+        int32_t ids[T * K], want_ids[T * K], one_ids[K];
+        float w[T * K], want[T * K], one[K];
+        OK(ctx, moe4_router_forward(r, ids, w, x, T, &ws, NULL));
+        OK(ctx, moe4_router_select(r, want_ids, want, logits, T, NULL));
+        assert_memory_equal(ids, want_ids, sizeof ids);
+        for (size_t i = 0; i < T * K; i++) assert_float_equal(w[i], want[i], 1e-5);
+        for (size_t t = 0; t < T; t += 5) {
+            OK(single, moe4_router_forward(r1, one_ids, one, x + t * H, 1, &ws, NULL));
+            assert_memory_equal(one_ids, ids + t * K, sizeof one_ids);
+            assert_memory_equal(one, w + t * K, sizeof one);
+        }
+        x[7] = INFINITY;
+        OK(ctx, moe4_router_forward(r, ids, w, x, T, &ws, NULL));
+        assert_true(isnan(w[0]) && ids[0] == 0 && ids[K - 1] == K - 1);
+        assert_memory_equal(ids + K, want_ids + K, sizeof ids - K * sizeof *ids);
+        free(ws.data);
+        moe4_router_destroy(r);
+        moe4_router_destroy(r1);
+        ref_free_weight(&gate);
+    }
+    moe4_ctx_destroy(ctx);
+    moe4_ctx_destroy(single);
+}
+
+static void test_errors(void **state) {
+    (void)state;
+    moe4_ctx *ctx = make_ctx(1);
+    moe4_weight gate = ref_random_weight(MOE4_BF16, 8, 32);
+    moe4_router_options good = options(MOE4_ROUTER_SIGMOID_BIAS, 8, 2), o;
+    good.hidden = 32;
+    float bias[8] = {0, 0, 0, NAN};
+    moe4_router *r;
+#define BAD(field, value, words)                                                                              \
+    do {                                                                                                      \
+        o = good;                                                                                             \
+        o.field = (value);                                                                                    \
+        assert_int_equal(moe4_router_create(&r, ctx, &gate, NULL, &o), MOE4_ERROR_ARGUMENT);                  \
+        assert_null(r);                                                                                       \
+        if (!strstr(moe4_ctx_error(ctx), words)) fail_msg("\"%s\" lacks \"%s\"", moe4_ctx_error(ctx), words); \
+    } while (0)
+    BAD(kind, MOE4_ROUTER_NONE, "0 is no router");
+    BAD(n_experts, 9, "8 x 32, need 9 x 32");
+    BAD(n_experts, 0, "n_experts: 0");
+    BAD(n_experts, 1 << 20, "n_experts: 1048576");
+    BAD(hidden, 31, "need 8 x 31");
+    BAD(top_k, 9, "9 of 8");
+    BAD(top_k, 0, "0 of 8");
+    BAD(n_group, 3, "8 experts in 3 groups");
+    BAD(topk_group, 2, "2 of 1 groups");
+    o = good;
+    o.n_group = 8;
+    o.topk_group = 1;
+    assert_int_equal(moe4_router_create(&r, ctx, &gate, NULL, &o), MOE4_ERROR_ARGUMENT); /* one group of one expert for top 2 */
+    BAD(scale, INFINITY, "scale");
+    BAD(x_dtype, MOE4_I8, "x_dtype");
+    assert_int_equal(moe4_router_create(&r, ctx, &gate, bias, &good), MOE4_ERROR_FORMAT);
+    assert_non_null(strstr(moe4_ctx_error(ctx), "bias [3]"));
+    OK(ctx, moe4_router_create(&r, ctx, NULL, NULL, &good));
+    size_t bytes;
+    assert_int_equal(moe4_router_workspace_bytes(r, &bytes, 1), MOE4_ERROR_ARGUMENT); /* no gate weights */
+    assert_int_equal(moe4_router_select(r, NULL, NULL, NULL, 1, NULL), MOE4_ERROR_ARGUMENT);
+    OK(ctx, moe4_router_select(r, NULL, NULL, NULL, 0, NULL));
+    moe4_router_destroy(r);
+    ref_free_weight(&gate);
+    moe4_ctx_destroy(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_select),
+        cmocka_unit_test(test_ties_and_extremes),
+        cmocka_unit_test(test_forward),
+        cmocka_unit_test(test_errors),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
