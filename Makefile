@@ -14,12 +14,13 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Asked for when the build folder is made; what it has later stays.
 FIRST = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-DMOE4_TESTS=OFF $(if $(shell command -v ninja),-G Ninja))
 CONFIGURE = cmake -S . -B $(BUILD) $(FIRST) $(CMAKE_FLAGS) -Wno-dev --log-level=WARNING
+# With the flags of this make, the one below would announce every folder.
+COMPILE = env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL cmake --build $(BUILD) -j $(JOBS)
 SOURCES = $(shell git ls-files '*.c' '*.h')
 
 all:
-	@command -v cmake >/dev/null || { echo "make: cmake is not installed (scripts/install-deps build installs what is missing)" >&2; exit 1; }
-	@$(CONFIGURE) >/dev/null
-	@cmake --build $(BUILD) -j $(JOBS)
+	@$(CONFIGURE) >/dev/null || { echo "make: that is missing; make run installs it, or says which packages to install" >&2; exit 1; }
+	@$(COMPILE)
 
 run:
 	@scripts/install-deps build
@@ -31,7 +32,7 @@ check:
 	@$(MAKE) --no-print-directory run
 	@scripts/make-venv $(BUILD)/venv
 	@$(CONFIGURE) -DMOE4_TESTS=ON >/dev/null
-	@cmake --build $(BUILD) -j $(JOBS)
+	@$(COMPILE)
 	@ctest --test-dir $(BUILD) --output-on-failure $(CTEST_FLAGS)
 
 install: all
