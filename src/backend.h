@@ -37,7 +37,7 @@ struct moe4_linear {
     moe4_ctx *ctx;
     moe4_linear_options o;
     size_t cols;
-    float input_scale; /* STATIC: the largest of the weights' */
+    float input_scale;   /* STATIC: the largest of the weights' */
     moe4_weight *weight; /* the global of an unquantized matrix is 1 */
     size_t n_weights;
     void *prepared;

@@ -4,15 +4,25 @@
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 #include "pool.h"
+
+#if defined(__x86_64__)
+static bool has_f16c(void) { /* __builtin_cpu_supports knows it in GCC alone */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 uint32_t moe4_cpu_isas(void) {
     uint32_t isas = MOE4_ISA_SCALAR;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) isas |= MOE4_ISA_AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) isas |= MOE4_ISA_AVX2;
 #endif
     return isas;
 }
