@@ -136,7 +136,8 @@ int cli_open_ctx(moe4_ctx **ctx_ret, const struct cli_common *common) {
     options.log = print_log; /* where a context that cannot be made says why */
     if (common->isa) {
         options.isa_mask = moe4_isa_mask(common->isa);
-        if (!options.isa_mask) return cli_error(CLI_BAD_USAGE, "--isa", "\"%s\" is unknown (moe4 has: scalar, avx2)", common->isa);
+        if (!options.isa_mask)
+            return cli_error(CLI_BAD_USAGE, "--isa", "\"%s\" is no instruction set that moe4 uses (such as scalar or avx2)", common->isa);
     }
     moe4_status status = moe4_ctx_create(ctx_ret, &options);
     return status == MOE4_OK ? CLI_FINE : status == MOE4_ERROR_ARGUMENT ? CLI_BAD_USAGE : CLI_BAD_DATA;

@@ -60,10 +60,10 @@ struct cli_common {
     const char *isa;  /* NULL: the library chooses */
     bool json;
 };
-#define CLI_COMMON_OPTIONS(c)                                                                        \
-    {"threads", CLI_SIZE, &(c)->n_threads, "N", "use N threads (all that this process may use)"},    \
-        {"isa", CLI_TEXT, &(c)->isa, "NAME", "use this instruction set: scalar, avx2 (the best)"}, { \
-        "json", CLI_FLAG, &(c)->json, NULL, "print one JSON object instead of a table"               \
+#define CLI_COMMON_OPTIONS(c)                                                                                           \
+    {"threads", CLI_SIZE, &(c)->n_threads, "N", "use N threads (all that this process may use)"},                       \
+        {"isa", CLI_TEXT, &(c)->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"}, { \
+        "json", CLI_FLAG, &(c)->json, NULL, "print one JSON object instead of a table"                                  \
     }
 
 /* ---- errors ---- */
