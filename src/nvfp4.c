@@ -1,113 +1,14 @@
-/* The NVFP4 format in public: conversions of one number, then quantize, dequantize and amax of matrices. */
+/* The NVFP4 format in public: quantize, dequantize and amax of matrices. convert.c has the numbers one by one. */
 #include "nvfp4.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <string.h>
 
-#include "fpenv.h"
+#include "bits.h"
 #include "cpu/kernels.h"
+#include "fpenv.h"
 #include "internal.h"
-
-/* ---- one number: integer arithmetic only, so that no floating-point setting of the caller matters ---- */
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* m / 2^shift to nearest, ties to even. */
-static uint32_t shift_rne(uint32_t m, unsigned shift) {
-    if (shift == 0) return m;
-    if (shift > 25) return 0; /* m < 2^24: less than half */
-    uint32_t odd = m >> shift & 1;
-    return (m + (1u << (shift - 1)) - 1 + odd) >> shift;
-}
-
-/* A finite fp32 magnitude (its bits) as a float of `mantissa` bits with this exponent bias, to nearest even, subnormals included. What
- * exceeds the format runs on past its largest code. */
-static uint32_t round_magnitude(uint32_t bits, unsigned mantissa, unsigned bias) {
-    unsigned exponent = bits >> 23, least_normal = 128 - bias; /* exponents as fp32 writes them */
-    if (exponent >= least_normal) return shift_rne(bits, 23 - mantissa) - ((127 - bias) << mantissa);
-    if (exponent == 0)
-        return 0; /* zero or an fp32 subnormal: all formats here but bf16, which has no exponents below fp32's, end far above */
-    return shift_rne((bits & 0x7fffff) | 0x800000, 23 - mantissa + least_normal - exponent);
-}
-
-/* The value of a magnitude code of such a format. */
-static float value_of(uint32_t code, unsigned mantissa, unsigned bias) {
-    uint32_t exponent = code >> mantissa, fraction = code & ((1u << mantissa) - 1);
-    if (exponent) return float_of((code << (23 - mantissa)) + ((127 - bias) << 23));
-    unsigned shift = 0; /* a subnormal is a normal number in fp32: move its leading bit to the implicit place */
-    if (!fraction) return 0;
-    while (!(fraction >> mantissa)) fraction <<= 1, shift++;
-    return float_of(((128 - bias - shift) << 23) + ((fraction & ((1u << mantissa) - 1)) << (23 - mantissa)));
-}
-
-static float with_sign(float magnitude, uint32_t sign) {
-    return float_of(bits_of(magnitude) | (sign ? 0x80000000 : 0));
-}
-
-uint8_t moe4_e2m1_from_float(float x) {
-    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return 7; /* NaN */
-    uint32_t code = magnitude > 0x40c00000 ? 7 : round_magnitude(magnitude, 1, 1);
-    return (uint8_t)(code | (bits >> 31 << 3));
-}
-
-float moe4_e2m1_to_float(uint8_t code) {
-    return with_sign(value_of(code & 7, 1, 1), code & 8);
-}
-
-uint8_t moe4_e4m3_from_float(float x) {
-    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, code;
-    if (magnitude > 0x7f800000) {
-        code = 0x7f; /* NaN */
-    } else {
-        code = magnitude > 0x43e00000 ? 0x7e : round_magnitude(magnitude, 3, 7);
-    }
-    return (uint8_t)(code | (bits >> 31 << 7));
-}
-
-float moe4_e4m3_to_float(uint8_t byte) {
-    if ((byte & 0x7f) == 0x7f) return with_sign(float_of(0x7fc00000), byte & 0x80);
-    return with_sign(value_of(byte & 0x7f, 3, 7), byte & 0x80);
-}
-
-uint16_t moe4_bf16_from_float(float x) {
-    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* a quiet NaN, what is left of its payload kept */
-    return (uint16_t)(shift_rne(magnitude, 16) | (bits >> 16 & 0x8000));
-}
-
-float moe4_bf16_to_float(uint16_t bits) {
-    return float_of((uint32_t)bits << 16);
-}
-
-uint16_t moe4_f16_from_float(float x) {
-    uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, code;
-    if (magnitude > 0x7f800000) {
-        code = 0x7e00 | (magnitude >> 13 & 0x3ff);
-    } else {
-        code = magnitude >= 0x47800000 ? 0x7c00 : round_magnitude(magnitude, 10, 15); /* from 2^16 on: infinity */
-    }
-    return (uint16_t)(code | (bits >> 16 & 0x8000));
-}
-
-float moe4_f16_to_float(uint16_t bits) {
-    uint32_t code = bits & 0x7fff;
-    if (code < 0x7c00) return with_sign(value_of(code, 10, 15), bits & 0x8000);
-    uint32_t fraction = code & 0x3ff;
-    return with_sign(float_of(0x7f800000 | (fraction ? 0x400000 : 0) | fraction << 13), bits & 0x8000);
-}
 
 float moe4_nvfp4_global(moe4_recipe recipe, float amax, int four_over_six) {
     if (amax == 0) return 1;
@@ -180,7 +81,7 @@ static const float *piece_of_x(const struct matrix_job *job, float buf[PIECE], s
 
 static void amax_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
     float buf[PIECE];
-    uint32_t bits = bits_of(job->ctx->kernels->amax_row(piece_of_x(job, buf, row, col, n), n));
+    uint32_t bits = moe4_bits(job->ctx->kernels->amax_row(piece_of_x(job, buf, row, col, n), n));
     _Atomic uint32_t *most = &job->amax[job->o.per_row ? row : 0];
     uint32_t seen = atomic_load_explicit(most, memory_order_relaxed);
     while (bits > seen && !atomic_compare_exchange_weak_explicit(most, &seen, bits, memory_order_relaxed, memory_order_relaxed)) {
@@ -193,7 +94,7 @@ static moe4_status amax(struct matrix_job *job, float *amax_ret) {
     MOE4_TRY(check_matrix(job, job->x, "x"));
     job->amax = &most;
     run_pieces(job, amax_piece);
-    *amax_ret = float_of(most);
+    *amax_ret = moe4_float(most);
     return MOE4_OK;
 }
 
@@ -227,7 +128,7 @@ static struct moe4_quantizer row_quantizer(const struct matrix_job *job, size_t 
         z.global = job->o.global[i];
         z.amax = 2688.f * z.global;
     } else {
-        z.amax = float_of(job->amax[i]);
+        z.amax = moe4_float(job->amax[i]);
         z.global = moe4_nvfp4_global(z.recipe, z.amax, z.four_over_six);
         if (z.amax == 0) z.amax = 2688; /* what the s2 of an all-zero tensor stands for */
     }
@@ -304,10 +205,10 @@ static moe4_status fail_bad_scale(const struct matrix_job *job) {
  * d once. */
 static float round_to_odd(double d) {
     float f = (float)d;
-    uint32_t bits = bits_of(f);
+    uint32_t bits = moe4_bits(f);
     if ((double)f == d) return f;
     if (fabs((double)f) > fabs(d)) bits--; /* towards zero */
-    return float_of(bits | 1);
+    return moe4_float(bits | 1);
 }
 
 static void dequantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {

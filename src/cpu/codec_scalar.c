@@ -3,19 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "../bits.h"
 #include "kernels.h"
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 static void widen_row(float *dst, const void *src, moe4_dtype dtype, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -43,10 +32,10 @@ static void narrow_row(void *dst, moe4_dtype dtype, const float *src, size_t n) 
 static float amax_row(const float *x, size_t n) {
     uint32_t most = 0;
     for (size_t i = 0; i < n; i++) {
-        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        uint32_t magnitude = moe4_bits(x[i]) & 0x7fffffff;
         if (magnitude > most) most = magnitude;
     }
-    return float_of(most);
+    return moe4_float(most);
 }
 
 /* ---- quantize ---- */

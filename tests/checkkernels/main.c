@@ -59,6 +59,7 @@ bool same_bytes(const void *a, const void *b, size_t bytes) {
 
 int main(int argc, char **argv) {
     struct moe4_kernels kernels[32] = {{0}};
+    setvbuf(stdout, NULL, _IOLBF, 0); /* after a fault, the last line says where */
     uint32_t have = moe4_cpu_isas();
     size_t n = 0, n_failed = 0;
     for (uint32_t bit = 1; bit && bit <= have; bit <<= 1)
