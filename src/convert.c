@@ -16,8 +16,7 @@ static uint32_t shift_rne(uint32_t m, unsigned shift) {
 static uint32_t round_magnitude(uint32_t bits, unsigned mantissa, unsigned bias) {
     unsigned exponent = bits >> 23, least_normal = 128 - bias; /* exponents as fp32 writes them */
     if (exponent >= least_normal) return shift_rne(bits, 23 - mantissa) - ((127 - bias) << mantissa);
-    if (exponent == 0)
-        return 0; /* zero or an fp32 subnormal: all formats here but bf16, which has no exponents below fp32's, end far above */
+    if (exponent == 0) return 0; /* zero or an fp32 subnormal, far below half of any format's least */
     return shift_rne((bits & 0x7fffff) | 0x800000, 23 - mantissa + least_normal - exponent);
 }
 
