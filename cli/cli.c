@@ -35,12 +35,16 @@ int cli_fail(const moe4_ctx *ctx, moe4_status status, const char *what) {
 
 enum { MAX_OPTIONS = 32, HELP = 1000 };
 
+static bool is_short(const struct cli_option *o) {
+    return o->name[1] == '\0';
+}
+
 static void print_help(const char *command, const struct cli_usage *usage) {
     printf("Usage: moe4 %s %s\n\n%s\n\nOptions:\n", command, usage->synopsis, usage->about);
     for (size_t i = 0; i < usage->n_options; i++) {
         const struct cli_option *o = &usage->options[i];
         char left[64];
-        snprintf(left, sizeof left, "--%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+        snprintf(left, sizeof left, "%s%s%s%s", is_short(o) ? "-" : "--", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
         printf("  %-24s %s\n", left, o->help);
     }
     printf("  %-24s %s\n\nExamples:\n", "--help", "print this");
@@ -87,13 +91,27 @@ static int wrong_option(const char *command, char **argv, int given, const struc
     return cli_error(CLI_BAD_USAGE, what, "%s (see moe4 %s --help)", why, command);
 }
 
+static const struct cli_option *find_short(const struct cli_usage *usage, int letter) {
+    const struct cli_option *o = usage->options;
+    while (!is_short(o) || o->name[0] != letter) o++;
+    return o;
+}
+
 bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char **operands, size_t n_operands, int *exit_ret) {
     struct option options[MAX_OPTIONS + 2] = {{"help", no_argument, NULL, HELP}};
-    for (size_t i = 0; i < usage->n_options && i < MAX_OPTIONS; i++)
-        options[i + 1] = (struct option){usage->options[i].name, usage->options[i].arg ? required_argument : no_argument, NULL, (int)i + 1};
+    char letters[2 * MAX_OPTIONS + 3] = ":h"; /* options of one letter, as getopt wants them */
+    size_t n_letters = 2, n_long = 1;
+    for (size_t i = 0; i < usage->n_options && i < MAX_OPTIONS; i++) {
+        const struct cli_option *o = &usage->options[i];
+        if (is_short(o)) {
+            letters[n_letters++] = o->name[0];
+            if (o->arg) letters[n_letters++] = ':';
+        } else
+            options[n_long++] = (struct option){o->name, o->arg ? required_argument : no_argument, NULL, (int)i + 1};
+    }
 
     opterr = 0;
-    for (int given; (given = getopt_long(argc, argv, ":h", options, NULL)) != -1;) {
+    for (int given; (given = getopt_long(argc, argv, letters, options, NULL)) != -1;) {
         if (given == HELP || given == 'h') {
             print_help(argv[0], usage);
             *exit_ret = CLI_FINE;
@@ -103,11 +121,11 @@ bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char 
             *exit_ret = wrong_option(argv[0], argv, given, usage);
             return false;
         }
-        const struct cli_option *o = &usage->options[given - 1];
+        const struct cli_option *o = given > (int)usage->n_options ? find_short(usage, given) : &usage->options[given - 1];
         const char *why = store(o, optarg);
         if (why) {
             char what[64];
-            snprintf(what, sizeof what, "--%s", o->name);
+            snprintf(what, sizeof what, "%s%s", is_short(o) ? "-" : "--", o->name);
             *exit_ret = cli_error(CLI_BAD_USAGE, what, "\"%s\" %s", optarg, why);
             return false;
         }
