@@ -23,6 +23,8 @@ struct cli_command {
 };
 
 int cmd_run(int argc, char **argv);
+int cmd_eval(int argc, char **argv);
+int cmd_generate(int argc, char **argv);
 
 /* ---- options ---- */
 
@@ -36,7 +38,7 @@ enum cli_kind {
 };
 
 struct cli_option {
-    const char *name; /* without the dashes */
+    const char *name; /* without the dashes; one of a single letter has one dash */
     enum cli_kind kind;
     void *to;
     const char *arg, *help; /* arg: what --help calls the argument; NULL for a flag */

@@ -7,6 +7,8 @@
 
 static const struct cli_command commands[] = {
     {"run", "run one layer on stored activations", cmd_run},
+    {"eval", "measure a model's bits per byte on a text", cmd_eval},
+    {"generate", "continue a text with a model", cmd_generate},
     {NULL, NULL, NULL},
 };
 

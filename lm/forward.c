@@ -1,0 +1,192 @@
+/* The forward pass. lm_forward is the index of the runner: each line of it is a step of a transformer layer. */
+#include "lm.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* ---- steps ---- */
+
+static moe4_status check_tokens(struct lm_run *run, const int32_t *tokens, size_t n_seqs, size_t n_new) {
+    struct lm *lm = run->model->lm;
+    size_t vocab = run->model->config.info.vocab, n_tokens;
+    LM_CHECK(lm, !__builtin_mul_overflow(n_seqs, n_new, &n_tokens) && n_tokens <= run->options.max_tokens && n_seqs <= run->options.n_seqs,
+             MOE4_ERROR_ARGUMENT, "%zu sequences of %zu tokens: the run was made for %zu sequences and %zu tokens a call", n_seqs, n_new,
+             run->options.n_seqs, run->options.max_tokens);
+    LM_CHECK(lm, n_new <= run->options.context - run->kv.length, MOE4_ERROR_ARGUMENT, "position %zu: the context ends at %zu",
+             run->kv.length + n_new, run->options.context);
+    for (size_t i = 0; i < n_tokens; i++)
+        LM_CHECK(lm, tokens[i] >= 0 && (size_t)tokens[i] < vocab, MOE4_ERROR_FORMAT, "token %zu is %d, the vocabulary has %zu", i,
+                 tokens[i], vocab);
+    return MOE4_OK;
+}
+
+/* x[T, hidden] = rows of the embedding. */
+static void embed(struct lm_run *run, const int32_t *tokens, size_t n_tokens) {
+    const moe4_tensor *e = &run->model->embedding;
+    size_t hidden = run->model->config.info.hidden;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < hidden; i++) run->x[t * hidden + i] = lm_element(e->data, e->dtype, (size_t)tokens[t] * hidden + i);
+}
+
+static moe4_status linear(struct lm_run *run, const moe4_linear *l, float *const *y, const float *x, size_t n_tokens) {
+    uint64_t n_saturated;
+    LM_TRY(run->model->lm, moe4_linear_forward(l, (void *const *)y, &n_saturated, x, n_tokens, &run->workspace, NULL));
+    run->n_saturated += n_saturated;
+    return MOE4_OK;
+}
+
+static void add_bias(float *y, const float *bias, size_t n_tokens, size_t n) {
+    for (size_t t = 0; bias && t < n_tokens; t++)
+        for (size_t i = 0; i < n; i++) y[t * n + i] += bias[i];
+}
+
+/* y = MLP(h): the router's choice of experts and the shared one, or the one MLP of a dense layer. */
+static moe4_status mlp(struct lm_run *run, const struct lm_layer *l, float *y, const float *h, size_t n_tokens) {
+    struct lm *lm = run->model->lm;
+    const moe4_workspace *ws = &run->workspace;
+    if (l->router) LM_TRY(lm, moe4_router_forward(l->router, run->topk_ids, run->topk_weights, h, n_tokens, ws, NULL));
+    LM_TRY(lm, moe4_moe_forward(l->mlp, y, h, l->router ? run->topk_ids : NULL, l->router ? run->topk_weights : NULL, n_tokens, ws, NULL));
+    moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+    LM_TRY(lm, moe4_moe_report_read(l->mlp, &report, NULL, ws, NULL));
+    run->n_saturated += report.n_saturated_blocks;
+    run->weight_bytes += report.weight_bytes;
+    return MOE4_OK;
+}
+
+/* ---- the pass ---- */
+
+moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs, size_t n_new) {
+    struct lm *lm = run->model->lm;
+    const struct lm_model *model = run->model;
+    size_t hidden = model->config.info.hidden, n_layers = model->config.info.n_layers, n_tokens = n_seqs * n_new;
+    float eps = model->config.norm_eps, *block = NULL; /* what the last block adds to the residual stream */
+    lm->error[0] = '\0';
+    if (run->options.one_shot) run->kv.length = 0;
+    LM_TRY(lm, check_tokens(run, tokens, n_seqs, n_new));
+
+    embed(run, tokens, n_tokens);
+    for (size_t i = 0; i < n_layers; i++) {
+        const struct lm_layer *l = &model->layers[i];
+        lm_add_norm_rows(lm, run->h, run->x, block, l->input_norm, eps, n_tokens, hidden);
+        LM_TRY(lm, linear(run, l->qkv, (float *[]){run->q, run->k, run->v}, run->h, n_tokens));
+        lm_attention_prepare(run, i, n_seqs, n_new);
+        lm_attention_mix(run, i, n_seqs, n_new);
+        LM_TRY(lm, linear(run, l->o, &run->y, run->mix, n_tokens));
+        add_bias(run->y, l->o_bias, n_tokens, hidden);
+        lm_add_norm_rows(lm, run->h, run->x, run->y, l->post_norm, eps, n_tokens, hidden);
+        LM_TRY(lm, mlp(run, l, run->y, run->h, n_tokens));
+        block = run->y;
+    }
+    lm_add_norm_rows(lm, run->h, run->x, block, model->final_norm, eps, n_tokens, hidden);
+    run->kv.length += n_new;
+    run->weight_bytes += model->fixed_bytes;
+    return MOE4_OK;
+}
+
+moe4_status lm_logits(struct lm_run *run, float *logits, size_t row0, size_t n_rows) {
+    run->model->lm->error[0] = '\0';
+    return linear(run, run->model->head, &logits, run->h + row0 * run->model->config.info.hidden, n_rows);
+}
+
+void lm_run_reset(struct lm_run *run) {
+    run->kv.length = 0;
+}
+
+/* ---- life ---- */
+
+/* Angles as the reference implementations round them: inverse frequencies and their multiples in fp32. */
+static moe4_status make_rotary(struct lm_run *run) {
+    struct lm *lm = run->model->lm;
+    const struct lm_attention *a = &run->model->config.attention;
+    size_t half = a->rotary_dim / 2;
+    run->cosine = lm_calloc(lm, run->options.context, half * sizeof(float), "rotary table");
+    run->sine = run->cosine ? lm_calloc(lm, run->options.context, half * sizeof(float), "rotary table") : NULL;
+    if (!run->sine) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < half; i++) {
+        float frequency = 1.0f / (float)pow(a->rope_theta, (double)(2 * i) / (double)a->rotary_dim);
+        for (size_t p = 0; p < run->options.context; p++) {
+            float angle = (float)p * frequency;
+            run->cosine[p * half + i] = (float)cos((double)angle);
+            run->sine[p * half + i] = (float)sin((double)angle);
+        }
+    }
+    return MOE4_OK;
+}
+
+/* One workspace that suits every object of the model. */
+static moe4_status make_workspace(struct lm_run *run) {
+    struct lm *lm = run->model->lm;
+    const struct lm_model *model = run->model;
+    size_t n = run->options.max_tokens, most = 0, bytes;
+    LM_TRY(lm, moe4_linear_workspace_bytes(model->head, &most, n));
+    for (size_t i = 0; i < model->config.info.n_layers; i++) {
+        const struct lm_layer *l = &model->layers[i];
+        LM_TRY(lm, moe4_linear_workspace_bytes(l->qkv, &bytes, n));
+        most = bytes > most ? bytes : most;
+        LM_TRY(lm, moe4_linear_workspace_bytes(l->o, &bytes, n));
+        most = bytes > most ? bytes : most;
+        LM_TRY(lm, moe4_moe_workspace_bytes(l->mlp, &bytes, n));
+        most = bytes > most ? bytes : most;
+        if (l->router) LM_TRY(lm, moe4_router_workspace_bytes(l->router, &bytes, n));
+        most = bytes > most ? bytes : most;
+    }
+    run->workspace = (moe4_workspace){lm_calloc(lm, most, 1, "workspace"), most};
+    return run->workspace.data ? MOE4_OK : MOE4_ERROR_MEMORY;
+}
+
+static moe4_status make_buffers(struct lm_run *run) {
+    struct lm *lm = run->model->lm;
+    const moe4_model_info *info = &run->model->config.info;
+    const struct lm_attention *a = &run->model->config.attention;
+    size_t n_q = a->n_heads * a->head_dim, n_kv = a->n_kv_heads * a->head_dim;
+    const struct {
+        float **to;
+        size_t n;
+    } buffers[] = {{&run->x, info->hidden}, {&run->h, info->hidden}, {&run->y, info->hidden}, {&run->q, n_q},
+                   {&run->k, n_kv},         {&run->v, n_kv},         {&run->mix, n_q},        {&run->topk_weights, info->router.top_k}};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) {
+        *buffers[i].to = lm_calloc(lm, run->options.max_tokens, buffers[i].n * sizeof(float), "activations");
+        if (!*buffers[i].to) return MOE4_ERROR_MEMORY;
+    }
+    run->topk_ids = lm_calloc(lm, run->options.max_tokens, info->router.top_k * sizeof *run->topk_ids, "expert numbers");
+    return run->topk_ids ? MOE4_OK : MOE4_ERROR_MEMORY;
+}
+
+static moe4_status make_run(struct lm_run *run) {
+    struct lm *lm = run->model->lm;
+    struct lm_run_options *o = &run->options;
+    const struct lm_config *config = &run->model->config;
+    if (!o->context) o->context = config->max_context;
+    LM_CHECK(lm, o->context <= config->max_context, MOE4_ERROR_ARGUMENT, "a context of %zu tokens: the model's is %zu", o->context,
+             config->max_context);
+    LM_CHECK(lm, o->n_seqs && o->max_tokens, MOE4_ERROR_ARGUMENT, "a run for %zu sequences and %zu tokens", o->n_seqs, o->max_tokens);
+    LM_TRY(lm, lm_kv_create(lm, &run->kv, config, o->n_seqs, o->context, o->one_shot));
+    LM_TRY(lm, make_rotary(run));
+    LM_TRY(lm, make_buffers(run));
+    return make_workspace(run);
+}
+
+moe4_status lm_run_create(struct lm_run **run_ret, struct lm_model *model, const struct lm_run_options *options) {
+    *run_ret = NULL;
+    model->lm->error[0] = '\0';
+    struct lm_run *run = lm_calloc(model->lm, 1, sizeof *run, "run");
+    if (!run) return MOE4_ERROR_MEMORY;
+    run->model = model;
+    run->options = *options;
+    moe4_status status = make_run(run);
+    if (status != MOE4_OK) {
+        lm_run_destroy(run);
+        return status;
+    }
+    *run_ret = run;
+    return MOE4_OK;
+}
+
+void lm_run_destroy(struct lm_run *run) {
+    if (!run) return;
+    void *const owned[] = {run->cosine,       run->sine,          run->x, run->h, run->y, run->q, run->k, run->v, run->mix, run->topk_ids,
+                           run->topk_weights, run->workspace.data};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    lm_kv_free(&run->kv);
+    free(run);
+}
