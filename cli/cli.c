@@ -144,7 +144,7 @@ bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char 
 
 static void print_log(void *user, const char *line) {
     (void)user;
-    cli_error(0, "context", "%s", line);
+    fprintf(stderr, "moe4: %s\n", line); /* it begins with the thing, as all sentences of the library do */
 }
 
 int cli_open_ctx(moe4_ctx **ctx_ret, const struct cli_common *common) {
@@ -169,6 +169,17 @@ int cli_print_json(json_t *object) {
     if (failed) return cli_error(CLI_BAD_DATA, "--json", "cannot be written");
     putchar('\n');
     return CLI_FINE;
+}
+
+json_t *cli_json_text(const char *text) {
+    json_t *json = json_string(text);
+    char *ascii = json ? NULL : strdup(text);
+    if (!ascii) return json;
+    for (char *c = ascii; *c; c++)
+        if ((unsigned char)*c > 127) *c = '?';
+    json = json_string(ascii);
+    free(ascii);
+    return json;
 }
 
 const char *cli_bytes(char text[static 24], uint64_t bytes) {

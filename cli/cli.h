@@ -22,6 +22,8 @@ struct cli_command {
     int (*run)(int argc, char **argv); /* argv[0] is the command's name; returns an exit status */
 };
 
+int cmd_inspect(int argc, char **argv);
+int cmd_verify(int argc, char **argv);
 int cmd_run(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
@@ -85,6 +87,8 @@ int cli_open_ctx(moe4_ctx **ctx_ret, const struct cli_common *common);
 
 /* Prints `object` and a newline, and releases it. NULL (out of memory while it was made) is an error. Returns an exit status. */
 int cli_print_json(json_t *object);
+/* A JSON string of text that may not be UTF-8 (a path, a sentence cut short): then with '?' for every byte above 127. */
+json_t *cli_json_text(const char *text);
 /* "10.7 MB", decimal units. Returns `text`. */
 const char *cli_bytes(char text[static 24], uint64_t bytes);
 double cli_seconds(void); /* a monotonic clock */

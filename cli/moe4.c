@@ -6,6 +6,8 @@
 #include "cli.h"
 
 static const struct cli_command commands[] = {
+    {"inspect", "say what a checkpoint is and what its scales are like", cmd_inspect},
+    {"verify", "list every problem of a checkpoint", cmd_verify},
     {"run", "run one layer on stored activations", cmd_run},
     {"eval", "measure a model's bits per byte on a text", cmd_eval},
     {"generate", "continue a text with a model", cmd_generate},

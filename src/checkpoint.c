@@ -50,7 +50,7 @@ static moe4_status shard_failure(const moe4_ctx *ctx, const struct shard_result 
         if (results[i].problem) ctx->log(ctx->log_user, results[i].problem);
     const char *why = results[first].problem ? results[first].problem : "out of memory";
     if (n_failed == 1) return moe4_fail(ctx, results[first].status, "%s", why);
-    return moe4_fail(ctx, results[first].status, "%s (and %zu more files)", why, n_failed - 1);
+    return moe4_fail(ctx, results[first].status, "%s (and %zu more)", why, n_failed - 1);
 }
 
 static moe4_status open_shards(moe4_checkpoint *ckpt, const char *const *files, size_t n) {
