@@ -49,7 +49,7 @@ bool guarded_release(void) {
 /* ---- lines ---- */
 
 void check_line(struct check *c, const char *kernel, const char *what, bool ok) {
-    printf("%-8s %-12s %-40s %s\n", c->k->isa, kernel, what, ok ? "ok" : "FAILED");
+    printf("%-8s %-14s %-40s %s\n", c->k->isa, kernel, what, ok ? "ok" : "FAILED");
     c->n_failed += !ok;
 }
 
