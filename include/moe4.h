@@ -189,6 +189,7 @@ typedef struct moe4_weight {
     const uint8_t *scale; /* NVFP4: E4M3 [N, K/16], linear; otherwise NULL */
     float global;         /* NVFP4: factor of the value (weight_scale_2; 1/weight_global_scale) */
     float input_scale;    /* NVFP4: decode global of the calibrated input; 0 when there is none */
+    const float *bias;    /* fp32 [N], added to the finished product; or NULL */
 } moe4_weight;
 
 typedef struct moe4_weight_stats {
@@ -350,8 +351,22 @@ MOE4_API moe4_status moe4_router_select(const moe4_router *router, int32_t *topk
 
 typedef struct moe4_moe moe4_moe;
 
+/* What stands between gate/up and down; the exact formulas are in docs/numerics.md. */
+typedef enum moe4_activation {
+    MOE4_SWIGLU = 0, /* g = min(g, L), u = clamp(u, -L, L); g * sigmoid(alpha * g) * (u + beta). gpt-oss: alpha 1.702, beta 1, L 7 */
+    MOE4_GELU_TANH,  /* GELU(g) by tanh, times u */
+    MOE4_RELU2       /* max(u, 0)^2; there is no gate */
+} moe4_activation;
+
+/* Where a slot's routing weight is applied, once. */
+typedef enum moe4_weighting {
+    MOE4_WEIGHT_AFTER_DOWN = 0,
+    MOE4_WEIGHT_BEFORE_DOWN, /* on h, before it is rounded (DeepSeek's own reference code) */
+    MOE4_WEIGHT_ON_X         /* on x, before it is rounded (Llama-4) */
+} moe4_weighting;
+
 typedef struct moe4_expert {
-    moe4_weight gate, up; /* [intermediate, hidden] */
+    moe4_weight gate, up; /* [intermediate, hidden]; with MOE4_RELU2 gate is not read */
     moe4_weight down;     /* [hidden, intermediate] */
 } moe4_expert;
 
@@ -362,7 +377,11 @@ typedef struct moe4_moe_options {
     size_t n_local;      /* 0: all from first_expert on */
     size_t top_k;        /* ids per token */
     moe4_act act;
-    float swiglu_limit;        /* 0: none; L: gate = min(g, L), up = clamp(u, -L, L) */
+    moe4_activation activation;
+    float swiglu_limit; /* L; 0: none */
+    float swiglu_alpha; /* 0 means 1 */
+    float swiglu_beta;
+    moe4_weighting weighting;  /* of routed slots; the shared expert has none */
     int with_shared;           /* from a checkpoint: add the layer's shared expert */
     const moe4_expert *shared; /* create: a shared expert every token visits with weight 1, its own intermediate size; or NULL */
     moe4_dtype x_dtype;        /* F32, BF16 or F16 */
@@ -371,8 +390,11 @@ typedef struct moe4_moe_options {
     size_t y_ld;
     moe4_dtype ids_dtype; /* I32 or I64 */
 } moe4_moe_options;
-#define MOE4_MOE_OPTIONS_INIT \
-    { sizeof(moe4_moe_options), 0, 0, 0, 0, MOE4_ACT_DEFAULT, 0.f, 0, NULL, MOE4_BF16, 0, MOE4_BF16, 0, MOE4_I32 }
+#define MOE4_MOE_OPTIONS_INIT                                                                                                              \
+    {                                                                                                                                      \
+        sizeof(moe4_moe_options), 0, 0, 0, 0, MOE4_ACT_DEFAULT, MOE4_SWIGLU, 0.f, 0.f, 0.f, MOE4_WEIGHT_AFTER_DOWN, 0, NULL, MOE4_BF16, 0, \
+            MOE4_BF16, 0, MOE4_I32                                                                                                         \
+    }
 
 /* A layer from n_local experts' pointers; the struct array is copied, the weights it points to stay borrowed until destroy.
  * Errors: ARGUMENT (the expert and both numbers), MEMORY. */

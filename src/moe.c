@@ -8,15 +8,16 @@
 
 /* ---- making a layer ---- */
 
-static moe4_status check_expert(const moe4_ctx *ctx, const moe4_expert *e, const moe4_expert *first, const char *name, size_t number) {
+static moe4_status check_expert(const moe4_moe *moe, const moe4_expert *e, const moe4_expert *first, const char *name, size_t number) {
+    const moe4_ctx *ctx = moe->ctx;
     const struct {
         const char *name;
         const moe4_weight *w, *like;
         size_t rows, cols;
-    } proj[] = {{"gate", &e->gate, &first->gate, first->gate.rows, first->gate.cols},
-                {"up", &e->up, &first->gate, first->gate.rows, first->gate.cols},
-                {"down", &e->down, &first->down, first->gate.cols, first->gate.rows}};
-    for (int p = 0; p < 3; p++) {
+    } proj[] = {{"up", &e->up, &first->up, first->up.rows, first->up.cols},
+                {"down", &e->down, &first->down, first->up.cols, first->up.rows},
+                {"gate", &e->gate, &first->up, first->up.rows, first->up.cols}};
+    for (int p = 0; p < (moe->o.activation == MOE4_RELU2 ? 2 : 3); p++) {
         char what[64];
         snprintf(what, sizeof what, "%s %zu %s", name, number, proj[p].name);
         const moe4_weight *w = proj[p].w;
@@ -30,10 +31,12 @@ static moe4_status check_expert(const moe4_ctx *ctx, const moe4_expert *e, const
     return MOE4_OK;
 }
 
-static moe4_status check_input_scales(const moe4_ctx *ctx, const struct moe4_experts *g, const char *name) {
+static moe4_status check_input_scales(const moe4_moe *moe, const struct moe4_experts *g, const char *name) {
+    const moe4_ctx *ctx = moe->ctx;
+    bool gated = moe->o.activation != MOE4_RELU2;
     for (size_t e = 0; e < g->n; e++) {
         const moe4_expert *x = &g->expert[e];
-        MOE4_CHECK(ctx, g->act_x != MOE4_ACT_STATIC || (x->gate.input_scale > 0 && x->up.input_scale > 0), MOE4_ERROR_ARGUMENT,
+        MOE4_CHECK(ctx, g->act_x != MOE4_ACT_STATIC || ((x->gate.input_scale > 0 || !gated) && x->up.input_scale > 0), MOE4_ERROR_ARGUMENT,
                    "%s %zu: mode static needs an input_scale for gate and up (%g, %g)", name, e, (double)x->gate.input_scale,
                    (double)x->up.input_scale);
         MOE4_CHECK(ctx, g->act_h != MOE4_ACT_STATIC || x->down.input_scale > 0, MOE4_ERROR_ARGUMENT,
@@ -49,17 +52,18 @@ static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n
     if (!g->expert) return MOE4_ERROR_MEMORY;
     memcpy(g->expert, experts, n * sizeof *experts);
     g->n = n;
-    g->hidden = experts->gate.cols;
-    g->intermediate = experts->gate.rows;
-    g->act_x = moe4_act_resolve(moe->o.act, experts->gate.dtype);
+    g->hidden = experts->up.cols;
+    g->intermediate = experts->up.rows;
+    g->act_x = moe4_act_resolve(moe->o.act, experts->up.dtype);
     g->act_h = moe4_act_resolve(moe->o.act, experts->down.dtype);
     moe->n_groups++; /* from here on destroy releases it */
     for (size_t e = 0; e < n; e++) {
-        MOE4_TRY(check_expert(ctx, &experts[e], experts, name, e));
-        if (experts->gate.dtype != MOE4_NVFP4) g->expert[e].gate.global = g->expert[e].up.global = 1;
+        MOE4_TRY(check_expert(moe, &experts[e], experts, name, e));
+        if (moe->o.activation == MOE4_RELU2) g->expert[e].gate = (moe4_weight){0};
+        if (experts->up.dtype != MOE4_NVFP4) g->expert[e].gate.global = g->expert[e].up.global = 1;
         if (experts->down.dtype != MOE4_NVFP4) g->expert[e].down.global = 1;
     }
-    MOE4_TRY(check_input_scales(ctx, g, name));
+    MOE4_TRY(check_input_scales(moe, g, name));
     MOE4_CHECK(ctx, g->hidden == moe->group[0].hidden, MOE4_ERROR_ARGUMENT, "%s: hidden size %zu, the routed experts have %zu", name,
                g->hidden, moe->group[0].hidden);
     return ctx->backend->experts_prepare(moe->ctx, g);
@@ -76,6 +80,17 @@ static moe4_status check_options(const moe4_ctx *ctx, moe4_moe_options *o) {
     MOE4_CHECK(ctx, o->top_k >= 1 && o->top_k <= o->n_experts, MOE4_ERROR_ARGUMENT, "options.top_k: %zu of %zu experts", o->top_k,
                o->n_experts);
     MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
+    MOE4_CHECK(ctx, (unsigned)o->activation <= MOE4_RELU2, MOE4_ERROR_ARGUMENT, "options.activation: %d is no activation",
+               (int)o->activation);
+    MOE4_CHECK(ctx, (unsigned)o->weighting <= MOE4_WEIGHT_ON_X, MOE4_ERROR_ARGUMENT, "options.weighting: %d is no weighting",
+               (int)o->weighting);
+    if (o->swiglu_alpha == 0) o->swiglu_alpha = 1;
+    MOE4_CHECK(ctx, isfinite(o->swiglu_alpha) && isfinite(o->swiglu_beta), MOE4_ERROR_ARGUMENT, "options: swiglu_alpha %g, swiglu_beta %g",
+               (double)o->swiglu_alpha, (double)o->swiglu_beta);
+    bool plain = o->swiglu_alpha == 1 && o->swiglu_beta == 0 && o->swiglu_limit == 0;
+    MOE4_CHECK(ctx, o->activation == MOE4_SWIGLU || plain, MOE4_ERROR_ARGUMENT,
+               "options: swiglu_limit %g, swiglu_alpha %g, swiglu_beta %g belong to SwiGLU", (double)o->swiglu_limit,
+               (double)o->swiglu_alpha, (double)o->swiglu_beta);
     MOE4_CHECK(ctx, isfinite(o->swiglu_limit) && o->swiglu_limit >= 0, MOE4_ERROR_ARGUMENT, "options.swiglu_limit: %g",
                (double)o->swiglu_limit);
     MOE4_CHECK(ctx, o->x_dtype == MOE4_F32 || o->x_dtype == MOE4_BF16 || o->x_dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
@@ -98,7 +113,7 @@ static moe4_status check_resolved(moe4_moe *moe) {
     bool runs = o->act == MOE4_ACT_DEFAULT;
     for (size_t g = 0; g < moe->n_groups; g++) runs |= moe->group[g].act_x == o->act || moe->group[g].act_h == o->act;
     MOE4_CHECK(ctx, runs, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the experts are %s", moe4_act_name(o->act),
-               moe4_dtype_name(moe->group[0].expert->gate.dtype));
+               moe4_dtype_name(moe->group[0].expert->up.dtype));
     if (o->act == MOE4_ACT_DEFAULT) o->act = moe->group[0].act_x;
     return MOE4_OK;
 }

@@ -170,7 +170,13 @@ static void read_modelopt(struct module *m, moe4_weight *w) {
               MOE4_BLOCK);
     else if (m->rows)
         check_shape(m, codes, m->rows, m->cols / 2);
-    *w = (moe4_weight){MOE4_NVFP4, codes->shape[0], 2 * codes->shape[1], codes->data, scale->data, global, input_scale};
+    *w = (moe4_weight){.dtype = MOE4_NVFP4,
+                       .rows = codes->shape[0],
+                       .cols = 2 * codes->shape[1],
+                       .data = codes->data,
+                       .scale = scale->data,
+                       .global = global,
+                       .input_scale = input_scale};
 }
 
 /* ---- choosing ---- */

@@ -89,7 +89,7 @@ static inline double ref_value(const moe4_weight *w, size_t row, size_t col) {
 /* y[N] = W x */
 static inline void ref_product(double *y, const moe4_weight *w, const double *x) {
     for (size_t n = 0; n < w->rows; n++) {
-        y[n] = 0;
+        y[n] = w->bias ? w->bias[n] : 0;
         for (size_t k = 0; k < w->cols; k++) y[n] += ref_value(w, n, k) * x[k];
     }
 }
@@ -130,42 +130,56 @@ struct ref_layer {
     size_t first, n, k, hidden, intermediate;
     moe4_act act;
     float limit;
+    moe4_activation activation;
+    float alpha, beta; /* 0 means 1; */
+    moe4_weighting weighting;
 };
+
+static inline double ref_activation(const struct ref_layer *l, double g, double u) {
+    if (l->activation == MOE4_RELU2) return u > 0 ? u * u : 0;
+    if (l->activation == MOE4_GELU_TANH) return 0.5 * g * (1 + tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))) * u;
+    if (l->limit > 0) {
+        g = g > l->limit ? l->limit : g;
+        u = u > l->limit ? l->limit : u < -l->limit ? -l->limit : u;
+    }
+    return g / (1 + exp(-(l->alpha == 0 ? 1 : l->alpha) * g)) * (u + l->beta);
+}
 
 /* y[T,H] += the weighted sum; returns saturated blocks per slot. x must be finite. */
 static inline uint64_t ref_forward(moe4_ctx *ctx, double *y, const struct ref_layer *l, const float *x, const int64_t *ids,
                                    const float *weights, size_t T) {
     size_t H = l->hidden, I = l->intermediate, n_slots = T * l->k;
     double *xq = malloc((H + 2 * I) * sizeof *xq), *g = xq + H, *u = g + I, *o = malloc((H + I) * sizeof *o), *hq = o + H;
-    float *h = malloc(n_slots * I * sizeof *h + 1), h_amax = 0, x_amax = ref_amax(x, T * H);
+    float *h = malloc(n_slots * I * sizeof *h + 1), *row = malloc(H * sizeof *row), h_amax = 0, x_amax = 0;
     uint64_t n_saturated = 0;
-    for (int pass = 0; pass < 2; pass++) /* 0: every slot's h, so that TENSOR knows their amax; 1: down */
+    for (int pass = 0; pass < 3; pass++) /* 0: x's amax for TENSOR; 1: every slot's h, so that TENSOR knows their amax; 2: down */
         for (size_t s = 0; s < n_slots; s++) {
             int64_t e = ids ? ids[s] - (int64_t)l->first : 0;
-            if (e < 0 || (size_t)e >= l->n) continue;
+            bool local = e >= 0 && (size_t)e < l->n;
+            float weight = weights ? weights[s] : 1, on_x = l->weighting == MOE4_WEIGHT_ON_X ? weight : 1;
+            float on_h = l->weighting == MOE4_WEIGHT_BEFORE_DOWN ? weight : 1;
+            for (size_t i = 0; i < H; i++) row[i] = x[s / l->k * H + i] * on_x;
+            if (pass == 0 && (local || l->weighting != MOE4_WEIGHT_ON_X)) x_amax = fmaxf(x_amax, ref_amax(row, H));
+            if (pass == 0 || !local) continue;
             const moe4_expert *w = &l->experts[e];
-            const float *row = x + s / l->k * H;
-            if (pass == 0) {
+            if (pass == 1) {
                 float scale = fmaxf(w->gate.input_scale, w->up.input_scale);
                 n_saturated += ref_round(ctx, xq, row, H, l->act, scale, l->act == MOE4_ACT_TENSOR ? x_amax : ref_amax(row, H));
-                ref_product(g, &w->gate, xq);
+                if (l->activation != MOE4_RELU2) ref_product(g, &w->gate, xq);
                 ref_product(u, &w->up, xq);
-                for (size_t i = 0; i < I; i++) {
-                    double gi = l->limit > 0 && g[i] > l->limit ? l->limit : g[i], ui = u[i];
-                    if (l->limit > 0) ui = ui > l->limit ? l->limit : ui < -l->limit ? -l->limit : ui;
-                    h[s * I + i] = (float)(gi / (1 + exp(-gi)) * ui);
-                }
+                for (size_t i = 0; i < I; i++) h[s * I + i] = (float)ref_activation(l, g[i], u[i]) * on_h;
                 h_amax = fmaxf(h_amax, ref_amax(h + s * I, I));
             } else {
-                n_saturated += ref_round(ctx, hq, h + s * I, I, l->act, w->down.input_scale,
-                                         l->act == MOE4_ACT_TENSOR ? h_amax : ref_amax(h + s * I, I));
+                float amax = l->act == MOE4_ACT_TENSOR ? h_amax : ref_amax(h + s * I, I);
+                n_saturated += ref_round(ctx, hq, h + s * I, I, l->act, w->down.input_scale, amax);
                 ref_product(o, &w->down, hq);
-                for (size_t i = 0; i < H; i++) y[s / l->k * H + i] += (weights ? weights[s] : 1) * o[i];
+                for (size_t i = 0; i < H; i++) y[s / l->k * H + i] += (l->weighting == MOE4_WEIGHT_AFTER_DOWN ? weight : 1) * o[i];
             }
         }
     free(xq);
     free(o);
     free(h);
+    free(row);
     return n_saturated;
 }
 

@@ -55,6 +55,9 @@ static void test_error_bound(void **state) {
                 size_t T = shapes[s][0], N = shapes[s][1], K = shapes[s][2];
                 const moe4_dtype wide[] = {MOE4_BF16, MOE4_F16, MOE4_F32};
                 moe4_weight w = ref_random_weight(act == MOE4_ACT_BF16 ? wide[s % 3] : MOE4_NVFP4, N, K);
+                float bias[70];
+                for (size_t n = 0; n < N; n++) bias[n] = ref_normal();
+                w.bias = s % 2 ? bias : NULL;
                 float *x = malloc(T * K * sizeof *x), *y = malloc(T * N * sizeof *y);
                 double *xq = malloc(K * sizeof *xq);
                 uint64_t n_saturated, want_saturated = 0;
@@ -67,7 +70,7 @@ static void test_error_bound(void **state) {
                     want_saturated +=
                         ref_round(ctx, xq, x + t * K, K, o.act, w.input_scale, act == MOE4_ACT_TENSOR ? batch : ref_amax(x + t * K, K));
                     for (size_t n = 0; n < N; n++) {
-                        double sum = 0, size = 0;
+                        double sum = w.bias ? bias[n] : 0, size = fabs(sum);
                         for (size_t k = 0; k < K; k++) {
                             double p = ref_value(&w, n, k) * xq[k];
                             sum += p;

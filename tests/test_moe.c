@@ -107,7 +107,7 @@ static void test_random_shapes(void **state) {
             struct fixture f = make_fixture(shapes[i][0], shapes[i][1], shapes[i][2], shapes[i][3], shapes[i][4],
                                             act == MOE4_ACT_BF16 ? wide[i % 3] : MOE4_NVFP4);
             float limit = i % 2 ? 1.5f : 0;
-            const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, (moe4_act)act, limit};
+            const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, (moe4_act)act, .limit = limit};
             double *want = calloc(f.T * f.H, sizeof *want);
             float *y = malloc(f.T * f.H * sizeof *y);
             for (int isa = 0; isa < N_ISAS; isa++) {
@@ -206,7 +206,7 @@ static void test_skipped_and_local_ids(void **state) {
     o.ids_dtype = MOE4_I64;
     float *y = malloc(f.T * f.H * sizeof *y), *part = malloc(f.T * f.H * sizeof *part);
     double *want = calloc(f.T * f.H, sizeof *want);
-    const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, MOE4_ACT_W4A16, 0};
+    const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, MOE4_ACT_W4A16, .limit = 0};
     ref_forward(ctx, want, &layer, f.x, f.ids, f.weights, f.T);
     moe4_moe_report report = MOE4_MOE_REPORT_INIT;
     run(ctx, y, &f, &o, f.x, f.ids, f.T, &report);
@@ -240,7 +240,7 @@ static void test_hot_expert_and_no_tokens(void **state) {
     moe4_moe_options o = options_for(&f, MOE4_ACT_TOKEN);
     float *y = malloc(f.T * f.H * sizeof *y);
     double *want = calloc(f.T * f.H, sizeof *want);
-    const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, MOE4_ACT_TOKEN, 0};
+    const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, MOE4_ACT_TOKEN, .limit = 0};
     ref_forward(ctx, want, &layer, f.x, f.ids, f.weights, f.T);
     moe4_moe *moe;
     OK(ctx, moe4_moe_create(&moe, ctx, f.experts, &o));
@@ -305,8 +305,8 @@ static void test_shared_expert(void **state) {
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             struct fixture f = make_fixture(64, 32, 6, 2, 13, MOE4_NVFP4);
             struct fixture s = make_fixture(64, 80, 1, 1, 1, mixed ? MOE4_BF16 : MOE4_NVFP4);
-            const struct ref_layer routed = {f.experts, 0, f.E, f.k, f.H, f.I, (moe4_act)act, 0};
-            const struct ref_layer shared = {s.experts, 0, 1, 1, f.H, s.I, mixed ? MOE4_ACT_BF16 : (moe4_act)act, 0};
+            const struct ref_layer routed = {f.experts, 0, f.E, f.k, f.H, f.I, (moe4_act)act, .limit = 0};
+            const struct ref_layer shared = {s.experts, 0, 1, 1, f.H, s.I, mixed ? MOE4_ACT_BF16 : (moe4_act)act, .limit = 0};
             double *want = calloc(f.T * f.H, sizeof *want);
             uint64_t n_saturated = ref_forward(ctx, want, &routed, f.x, f.ids, f.weights, f.T);
             n_saturated += ref_forward(ctx, want, &shared, f.x, NULL, NULL, f.T);
@@ -322,6 +322,55 @@ static void test_shared_expert(void **state) {
             free_fixture(&f);
             free_fixture(&s);
         }
+    moe4_ctx_destroy(ctx);
+}
+
+/* Every activation with every place of the routing weight, with biases, in every mode. */
+static void test_activations_and_weightings(void **state) {
+    (void)state;
+    moe4_ctx *ctx = make_ctx(2, 0);
+    static const struct ref_layer variants[] = {{.activation = MOE4_SWIGLU},
+                                                {.activation = MOE4_SWIGLU, .alpha = 1.702f, .beta = 1, .limit = 1.5f},
+                                                {.activation = MOE4_GELU_TANH},
+                                                {.activation = MOE4_RELU2}};
+    for (size_t v = 0; v < sizeof variants / sizeof *variants; v++)
+        for (int weighting = 0; weighting <= MOE4_WEIGHT_ON_X; weighting++)
+            for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_BF16; act++) {
+                struct fixture f = make_fixture(64, 48, 5, 2, 14, act == MOE4_ACT_BF16 ? MOE4_F32 : MOE4_NVFP4);
+                float bias[64];
+                for (int i = 0; i < 64; i++) bias[i] = 0.3f * ref_normal();
+                for (size_t e = 0; e < f.E; e++) {
+                    f.experts[e].gate.bias = f.experts[e].down.bias = e % 2 ? bias : NULL;
+                    f.experts[e].up.bias = e % 3 ? bias + 16 : NULL;
+                }
+                f.ids[3] = f.ids32[3] = -1;
+                struct ref_layer layer = variants[v];
+                layer.experts = f.experts, layer.n = f.E, layer.k = f.k, layer.hidden = f.H, layer.intermediate = f.I;
+                layer.act = (moe4_act)act, layer.weighting = (moe4_weighting)weighting;
+                double *want = calloc(f.T * f.H, sizeof *want);
+                float *y = malloc(f.T * f.H * sizeof *y);
+                moe4_moe_options o = options_for(&f, (moe4_act)act);
+                o.activation = layer.activation;
+                o.swiglu_limit = layer.limit;
+                o.swiglu_alpha = layer.alpha;
+                o.swiglu_beta = layer.beta;
+                o.weighting = layer.weighting;
+                if (layer.activation == MOE4_RELU2)
+                    for (size_t e = 0; e < f.E; e++) { /* a gate must not be looked at */
+                        ref_free_weight(&f.experts[e].gate);
+                        f.experts[e].gate = (moe4_weight){0};
+                    }
+                uint64_t n_saturated = ref_forward(ctx, want, &layer, f.x, f.ids, f.weights, f.T);
+                moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+                run(ctx, y, &f, &o, f.x, f.ids32, f.T, &report);
+                double error = ref_relative(y, want, f.T * f.H);
+                if (!(error <= tolerance((moe4_act)act)))
+                    fail_msg("activation %zu, weighting %d, %s: relative L2 %g", v, weighting, moe4_act_name((moe4_act)act), error);
+                assert_int_equal(report.n_saturated_blocks, n_saturated);
+                free(y);
+                free(want);
+                free_fixture(&f);
+            }
     moe4_ctx_destroy(ctx);
 }
 
@@ -412,6 +461,13 @@ static void test_errors(void **state) {
     BAD_OPTION(act, (moe4_act)9, "9 is no mode");
     BAD_OPTION(act, MOE4_ACT_BF16, "mode bf16, but the experts are NVFP4");
     BAD_OPTION(swiglu_limit, NAN, "swiglu_limit");
+    BAD_OPTION(swiglu_alpha, INFINITY, "swiglu_alpha inf");
+    BAD_OPTION(activation, (moe4_activation)3, "3 is no activation");
+    BAD_OPTION(weighting, (moe4_weighting)7, "7 is no weighting");
+    o = good;
+    o.activation = MOE4_GELU_TANH;
+    o.swiglu_beta = 1;
+    expect_error(ctx, f.experts, &o, MOE4_ERROR_ARGUMENT, "belong to SwiGLU");
     BAD_OPTION(x_dtype, MOE4_I8, "x_dtype: I8");
     BAD_OPTION(y_dtype, MOE4_F16, "y_dtype: F16");
     BAD_OPTION(ids_dtype, MOE4_U8, "ids_dtype: U8");
@@ -470,6 +526,7 @@ int main(void) {
         cmocka_unit_test(test_hot_expert_and_no_tokens),
         cmocka_unit_test(test_nan_rows_stay_alone),
         cmocka_unit_test(test_shared_expert),
+        cmocka_unit_test(test_activations_and_weightings),
         cmocka_unit_test(test_dense),
         cmocka_unit_test(test_several_callers),
         cmocka_unit_test(test_errors),

@@ -13,7 +13,7 @@ static moe4_status experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) 
     struct moe4_cpu_experts *p = moe4_calloc(ctx, 1, sizeof *p + experts->n * sizeof *p->expert, "experts");
     if (!p) return MOE4_ERROR_MEMORY;
     p->kernels = ctx->kernels;
-    p->x = moe4_cpu_gemm(ctx->kernels, experts->expert->gate.dtype, experts->act_x);
+    p->x = moe4_cpu_gemm(ctx->kernels, experts->expert->up.dtype, experts->act_x);
     p->h = moe4_cpu_gemm(ctx->kernels, experts->expert->down.dtype, experts->act_h);
     for (size_t e = 0; e < experts->n; e++) {
         const moe4_expert *x = &experts->expert[e];

@@ -1,4 +1,4 @@
-/* The codec on AVX2, FMA and F16C: the scalar kernels' bits, but for swiglu_row, whose exp is its own.
+/* The codec on AVX2, FMA and F16C: the scalar kernels' bits.
  *
  * quantize_row takes 8 blocks at a time: 16 elements x 8 -> one vector of 8 block amaxes -> 8 scales at once -> each block encoded with
  * its scale broadcast. Rounding to e2m1 is seven integer comparisons on the bits of the magnitude, exact by construction. */
@@ -353,60 +353,12 @@ AVX2 static void dequant_row(float *dst, const uint8_t *codes, const uint8_t *sc
     }
 }
 
-/* ---- SwiGLU ---- */
-
-/* e^x to 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, the Taylor series of e^r to r^7 (5e-9 short), and 2^n in two factors, so that results
- * go over into infinity and through the subnormals to 0. NaN is for the caller to keep. */
-INLINE __m256 exp8(__m256 x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-105.f)), _mm256_set1_ps(90.f));
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r =
-        _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.63p-1f), x); /* ln 2 in two parts, the first of so few bits that n times it is exact */
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-0x1.bd0106p-13f), r);
-    __m256 p = _mm256_set1_ps(1.f / 5040);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f / 720));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f / 120));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f / 24));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f / 6));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.f));
-    __m256i e = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(e, 1), bias = _mm256_set1_epi32(127);
-    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(e, half), bias), 23)));
-}
-
-/* min and max give their second argument where one is a NaN: so NaN stays. */
-INLINE __m256 swiglu8(__m256 g, __m256 u, __m256 limit, bool limited) {
-    if (limited) {
-        g = _mm256_min_ps(limit, g);
-        u = _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit), _mm256_min_ps(limit, u));
-    }
-    __m256 e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), g));
-    return _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.f), e)), u);
-}
-
-AVX2 static void swiglu_row(float *h, const float *g, const float *u, size_t n, float limit) {
-    const __m256 l = _mm256_set1_ps(limit);
-    const bool limited = limit > 0;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(h + i, swiglu8(_mm256_loadu_ps(g + i), _mm256_loadu_ps(u + i), l, limited));
-    if (i < n) {
-        float a[8] = {0}, b[8] = {0};
-        memcpy(a, g + i, (n - i) * sizeof *a);
-        memcpy(b, u + i, (n - i) * sizeof *b);
-        _mm256_storeu_ps(a, swiglu8(_mm256_loadu_ps(a), _mm256_loadu_ps(b), l, limited));
-        memcpy(h + i, a, (n - i) * sizeof *a);
-    }
-}
-
 void moe4_kernels_codec_avx2(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
     k->quantize_row = quantize_row;
     k->dequant_row = dequant_row;
-    k->swiglu_row = swiglu_row;
 }
 #else
 typedef int moe4_no_avx2; /* a translation unit may not be empty */

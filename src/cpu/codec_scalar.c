@@ -125,25 +125,10 @@ static void dequant_row(float *dst, const uint8_t *codes, const uint8_t *scales,
     }
 }
 
-/* ---- SwiGLU ---- */
-
-static void swiglu_row(float *h, const float *g, const float *u, size_t n, float limit) {
-    for (size_t i = 0; i < n; i++) {
-        float a = g[i], b = u[i];
-        if (limit > 0) { /* comparisons that are false for NaN, so that it stays */
-            if (a > limit) a = limit;
-            if (b > limit) b = limit;
-            if (b < -limit) b = -limit;
-        }
-        h[i] = a / (1.f + expf(-a)) * b;
-    }
-}
-
 void moe4_kernels_codec_scalar(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
     k->quantize_row = quantize_row;
     k->dequant_row = dequant_row;
-    k->swiglu_row = swiglu_row;
 }

@@ -4,11 +4,13 @@
 void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
     k->isa = "scalar";
     moe4_kernels_codec_scalar(k);
+    moe4_kernels_glu_scalar(k);
     moe4_kernels_gemm_scalar(k);
 #if defined(__x86_64__)
     if (mask & MOE4_ISA_AVX2) {
         k->isa = "avx2";
         moe4_kernels_codec_avx2(k);
+        moe4_kernels_glu_avx2(k);
         moe4_kernels_gemm_avx2(k);
     }
 #else

@@ -22,6 +22,12 @@ struct moe4_quantizer {
     float amax;   /* MODELOPT_STATIC: A */
 };
 
+/* The activation: docs/numerics.md. SWIGLU: clamp, then g * sigmoid(alpha * g) * (u + beta). */
+struct moe4_glu {
+    moe4_activation kind;
+    float alpha, beta, limit; /* 1, 0 and 0 for plain SwiGLU; limit 0: none */
+};
+
 /* A weight matrix as a product reads it. */
 struct moe4_matrix {
     moe4_weight w;      /* rows N, cols K */
@@ -69,8 +75,8 @@ struct moe4_kernels {
     /* dst[n] = e2m1 * scale (exact), then * factor. */
     void (*dequant_row)(float *dst, const uint8_t *codes, const uint8_t *scales, size_t n, float factor);
 
-    /* h[n] = g * sigmoid(g) * u with the clamp of `limit` (0: none); NaN stays. h may be g. */
-    void (*swiglu_row)(float *h, const float *g, const float *u, size_t n, float limit);
+    /* h[n] from gate g and up u (g is not read by RELU2); NaN stays. h may be g or u. */
+    void (*glu_row)(float *h, const float *g, const float *u, size_t n, const struct moe4_glu *glu);
 
     /* y[n] += weight * x[n];  y[n] = y[n] * a * b, in that order. */
     void (*add_scaled_row)(float *y, const float *x, float weight, size_t n);
@@ -90,9 +96,11 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask);
 uint32_t moe4_cpu_isas(void);
 
 void moe4_kernels_codec_scalar(struct moe4_kernels *k);
+void moe4_kernels_glu_scalar(struct moe4_kernels *k);
 void moe4_kernels_gemm_scalar(struct moe4_kernels *k);
 #if defined(__x86_64__)
 void moe4_kernels_codec_avx2(struct moe4_kernels *k);
+void moe4_kernels_glu_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2(struct moe4_kernels *k);
 #endif
 

@@ -71,6 +71,7 @@ static void product_task(void *arg, size_t task) {
     for (size_t m = 0; m < n_rows; m++) {
         char *y = (char *)r->c->y[i] + ((row0 + m) * N + col0) * moe4_dtype_bytes(l->o.y_dtype);
         l->ctx->kernels->scale_row(out + m * TASK_COLS, l->weight[i].global, r->b.factor[row0 + m], n_cols);
+        if (l->weight[i].bias) l->ctx->kernels->add_scaled_row(out + m * TASK_COLS, l->weight[i].bias + col0, 1.f, n_cols);
         l->ctx->kernels->narrow_row(y, l->o.y_dtype, out + m * TASK_COLS, n_cols);
     }
 }

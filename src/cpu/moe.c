@@ -14,16 +14,21 @@ static size_t group_positions(const moe4_moe *moe, size_t g, size_t n_tokens) {
     return g == 0 ? n_tokens * moe->o.top_k : n_tokens;
 }
 
+/* Rows of x are packed for each position rather than for each token where positions of a token round x differently. */
+static bool packs_by_pos(const moe4_moe *moe, size_t g) {
+    return moe->group[g].act_x == MOE4_ACT_STATIC || (g == 0 && moe->o.weighting == MOE4_WEIGHT_ON_X);
+}
+
 bool moe4_cpu_shares_x(const moe4_moe *moe, size_t g) {
     const struct moe4_cpu_experts *first = moe->group[0].prepared, *own = moe->group[g].prepared;
-    return g > 0 && moe->group[g].act_x != MOE4_ACT_STATIC && moe->group[g].act_x == moe->group[0].act_x && own->x == first->x;
+    return g > 0 && !packs_by_pos(moe, 0) && moe->group[g].act_x == moe->group[0].act_x && own->x == first->x;
 }
 
 static void carve_group(struct moe4_carver *c, struct moe4_cpu_group *g, const moe4_moe *moe, size_t i, size_t n_tokens) {
     const struct moe4_experts *set = &moe->group[i];
     const struct moe4_cpu_experts *cpu = set->prepared;
     size_t n = group_positions(moe, i, n_tokens);
-    *g = (struct moe4_cpu_group){.set = set, .cpu = cpu, .x_by_pos = set->act_x == MOE4_ACT_STATIC};
+    *g = (struct moe4_cpu_group){.set = set, .cpu = cpu, .x_by_pos = packs_by_pos(moe, i)};
     size_t n_x = moe4_cpu_shares_x(moe, i) ? 0 : g->x_by_pos ? n : n_tokens;
     g->start = moe4_carve(c, set->n + 1, sizeof *g->start);
     g->hit = moe4_carve(c, set->n, sizeof *g->hit);
@@ -31,6 +36,7 @@ static void carve_group(struct moe4_carver *c, struct moe4_cpu_group *g, const m
     g->pos_of_slot = moe4_carve(c, n, sizeof *g->pos_of_slot);
     g->x_scale = moe4_carve(c, n, sizeof *g->x_scale);
     g->h_scale = moe4_carve(c, n, sizeof *g->h_scale);
+    if (i == 0 && moe->o.weighting != MOE4_WEIGHT_AFTER_DOWN) g->weight = moe4_carve(c, n, sizeof *g->weight);
     g->x_rows = moe4_carve(c, n_x, cpu->x->row_bytes(set->hidden));
     g->x_factor = moe4_carve(c, n_x, sizeof *g->x_factor);
     g->x_row = moe4_carve(c, n, sizeof *g->x_row);
@@ -106,7 +112,9 @@ static void sort_slots(const struct moe4_moe_call *c, struct moe4_cpu_group *g) 
     for (size_t s = 0; s < n_slots; s++) { /* start[e] walks through e's positions to the next expert's first */
         int64_t e = slot_expert(c, s);
         g->pos_of_slot[s] = e < 0 ? -1 : g->start[e]++;
-        if (e >= 0) g->token[g->pos_of_slot[s]] = (int32_t)(s / c->moe->o.top_k);
+        if (e < 0) continue;
+        g->token[g->pos_of_slot[s]] = (int32_t)(s / c->moe->o.top_k);
+        if (g->weight) g->weight[g->pos_of_slot[s]] = c->weights[s];
     }
     memmove(g->start + 1, g->start, g->set->n * sizeof *g->start);
     g->start[0] = 0;
@@ -115,7 +123,10 @@ static void sort_slots(const struct moe4_moe_call *c, struct moe4_cpu_group *g) 
 static void every_token(const struct moe4_moe_call *c, struct moe4_cpu_group *g) {
     g->start[0] = 0;
     g->start[1] = (int32_t)c->n_tokens;
-    for (size_t t = 0; t < c->n_tokens; t++) g->token[t] = (int32_t)t;
+    for (size_t t = 0; t < c->n_tokens; t++) {
+        g->token[t] = (int32_t)t;
+        if (g->weight) g->weight[t] = 1;
+    }
 }
 
 static size_t weight_bytes(const moe4_weight *w) {
@@ -170,7 +181,7 @@ static void combine_token(const struct moe4_moe_call *c, float *sum, size_t t) {
         }
         for (size_t j = 0; j < k; j++) {
             int32_t p = g->pos_of_slot[t * k + j];
-            if (p >= 0) kernels->add_scaled_row(sum, g->o + (size_t)p * hidden, c->weights[t * k + j], hidden);
+            if (p >= 0) kernels->add_scaled_row(sum, g->o + (size_t)p * hidden, g->weight ? 1.f : c->weights[t * k + j], hidden);
         }
     }
 }

@@ -27,6 +27,7 @@ struct moe4_cpu_group {
     int32_t *token;           /* [n_pos] */
     int32_t *pos_of_slot;     /* routed: [T * k], -1 for a slot that does not run here */
     float *x_scale, *h_scale; /* STATIC: [n_pos] input scales */
+    float *weight;            /* [n_pos] routing weights that go on x or h; NULL where combine applies them */
     bool x_by_pos;            /* x rows are packed for each position rather than each token */
     void *x_rows, *h_rows;
     float *x_factor, *h_factor;
@@ -43,7 +44,7 @@ struct moe4_cpu_state {
     double lap;
 };
 
-/* Groups whose x needs the same rounding share the rows; routed experts' `static` scales differ, so there each position has its own. */
+/* Whether a group reads the rows of x that the first group packed. */
 bool moe4_cpu_shares_x(const moe4_moe *moe, size_t group);
 /* Notes the time since the last stage ended. */
 void moe4_cpu_lap(struct moe4_cpu_state *s, moe4_stage stage);

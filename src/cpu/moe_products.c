@@ -43,6 +43,7 @@ moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c) {
                                            .src_dtype = moe->o.x_dtype,
                                            .src_ld = moe->o.x_ld,
                                            .index = g->x_by_pos ? g->token : NULL,
+                                           .weight = c->moe->o.weighting == MOE4_WEIGHT_ON_X ? g->weight : NULL,
                                            .input_scale = g->x_scale,
                                            .packed = g->x_rows,
                                            .factor = g->x_factor,
@@ -70,6 +71,7 @@ moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
                                        .src = g->h,
                                        .src_dtype = MOE4_F32,
                                        .src_ld = g->set->intermediate,
+                                       .weight = c->moe->o.weighting == MOE4_WEIGHT_BEFORE_DOWN ? g->weight : NULL,
                                        .input_scale = g->h_scale,
                                        .packed = g->h_rows,
                                        .factor = g->h_factor,
@@ -91,7 +93,7 @@ enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
 struct product {
     const struct moe4_cpu_group *g;
     size_t n_cols, blocks; /* of one expert */
-    float limit;
+    struct moe4_glu glu;
 };
 
 struct part { /* one task's share */
@@ -111,11 +113,17 @@ static struct part task_part(const struct product *p, size_t task) {
                          .n_cols = p->n_cols - col0 < TASK_COLS ? p->n_cols - col0 : TASK_COLS};
 }
 
-static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, size_t n_cols, size_t k, float limit,
+static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, size_t n_cols, size_t k, struct moe4_glu glu,
                         void (*fn)(void *, size_t)) {
-    struct product p = {.g = g, .n_cols = n_cols, .limit = limit};
+    struct product p = {.g = g, .n_cols = n_cols, .glu = glu};
     p.blocks = (n_cols + TASK_COLS - 1) / TASK_COLS;
     moe4_run(ctx, g->n_hit * p.blocks, (double)g->n_pos * (double)n_cols * (double)k, fn, &p);
+}
+
+/* The global scales, then the bias: y = y * global * factor + bias. */
+static void finish_row(const struct moe4_kernels *kernels, float *y, const moe4_weight *w, size_t col0, size_t n_cols, float factor) {
+    kernels->scale_row(y, w->global, factor, n_cols);
+    if (w->bias) kernels->add_scaled_row(y, w->bias + col0, 1.f, n_cols);
 }
 
 static void gate_up_task(void *arg, size_t task) {
@@ -124,26 +132,29 @@ static void gate_up_task(void *arg, size_t task) {
     const struct moe4_gemm *gemm = g->cpu->x;
     const struct moe4_kernels *kernels = g->cpu->kernels;
     struct part t = task_part(p, task);
+    bool gated = p->glu.kind != MOE4_RELU2;
     _Alignas(64) float gate[TASK_ROWS * TASK_COLS], up[TASK_ROWS * TASK_COLS];
     for (size_t m0 = 0; m0 < t.n_pos; m0 += TASK_ROWS) {
         size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
-        gemm->gemm(gate, TASK_COLS, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
+        if (gated) gemm->gemm(gate, TASK_COLS, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
         gemm->gemm(up, TASK_COLS, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
         for (size_t m = 0; m < n; m++) {
             float *gm = gate + m * TASK_COLS, *um = up + m * TASK_COLS;
             float factor = g->x_factor[g->x_by_pos ? pos + m : (size_t)g->token[pos + m]];
-            kernels->scale_row(gm, t.w->gate.global, factor, t.n_cols);
-            kernels->scale_row(um, t.w->up.global, factor, t.n_cols);
-            kernels->swiglu_row(g->h + (pos + m) * g->set->intermediate + t.col0, gm, um, t.n_cols, p->limit);
+            if (gated) finish_row(kernels, gm, &t.w->gate, t.col0, t.n_cols, factor);
+            finish_row(kernels, um, &t.w->up, t.col0, t.n_cols, factor);
+            kernels->glu_row(g->h + (pos + m) * g->set->intermediate + t.col0, gm, um, t.n_cols, &p->glu);
         }
     }
 }
 
 moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
+    const moe4_moe_options *o = &c->moe->o;
+    const struct moe4_glu glu = {o->activation, o->swiglu_alpha, o->swiglu_beta, o->swiglu_limit};
     for (size_t i = 0; i < c->moe->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->set->intermediate, 2 * g->set->hidden, c->moe->o.swiglu_limit, gate_up_task);
+        run_product(c->moe->ctx, g, g->set->intermediate, 2 * g->set->hidden, glu, gate_up_task);
     }
     moe4_cpu_lap(s, MOE4_STAGE_GATE_UP);
     return MOE4_OK;
@@ -158,7 +169,7 @@ static void down_task(void *arg, size_t task) {
         size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
         float *o = g->o + pos * hidden + t.col0;
         g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols);
-        for (size_t m = 0; m < n; m++) g->cpu->kernels->scale_row(o + m * hidden, t.w->down.global, g->h_factor[pos + m], t.n_cols);
+        for (size_t m = 0; m < n; m++) finish_row(g->cpu->kernels, o + m * hidden, &t.w->down, t.col0, t.n_cols, g->h_factor[pos + m]);
     }
 }
 
@@ -166,7 +177,7 @@ moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     for (size_t i = 0; i < c->moe->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->set->hidden, g->set->intermediate, 0, down_task);
+        run_product(c->moe->ctx, g, g->set->hidden, g->set->intermediate, (struct moe4_glu){0}, down_task);
     }
     moe4_cpu_lap(s, MOE4_STAGE_DOWN);
     return MOE4_OK;

@@ -78,9 +78,10 @@ static const float *source_row(const struct run *r, size_t task, size_t i) {
     const struct moe4_row_stage *s = r->s;
     size_t row = s->index ? (size_t)s->index[i] : i;
     const char *src = (const char *)s->src + row * s->src_ld * moe4_dtype_bytes(s->src_dtype);
-    if (s->src_dtype == MOE4_F32) return (const float *)src;
+    if (s->src_dtype == MOE4_F32 && !s->weight) return (const float *)src;
     float *wide = s->scratch + task * (moe4_fp32_row_bytes(s->k) / sizeof *wide);
     s->ctx->kernels->widen_row(wide, src, s->src_dtype, s->k);
+    if (s->weight) s->ctx->kernels->scale_row(wide, s->weight[i], 1.f, s->k);
     return wide;
 }
 

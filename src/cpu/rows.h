@@ -22,6 +22,7 @@ struct moe4_row_stage {
     moe4_dtype src_dtype;
     size_t src_ld;
     const int32_t *index;
+    const float *weight;      /* [n_rows] factors applied to the rows first, or NULL */
     const float *input_scale; /* STATIC: [n_rows], or one for all with one_input_scale */
     bool one_input_scale;
     void *packed;                      /* [n_rows][gemm->row_bytes(k)] */

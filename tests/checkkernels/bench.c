@@ -43,7 +43,7 @@ static void dequant(const struct moe4_kernels *k) {
     k->dequant_row(y, codes, scales, N, 0.5f);
 }
 static void swiglu(const struct moe4_kernels *k) {
-    k->swiglu_row(y, x, u, N, 0.f);
+    k->glu_row(y, x, u, N, &(struct moe4_glu){MOE4_SWIGLU, 1, 0, 0});
 }
 
 static const struct {
@@ -59,7 +59,7 @@ static const struct {
     {"quantize_row modelopt_static", modelopt_static},
     {"quantize_row compressed_tensors", compressed_tensors},
     {"dequant_row", dequant},
-    {"swiglu_row", swiglu},
+    {"glu_row", swiglu},
 };
 
 static double now(void) {

@@ -1,4 +1,4 @@
-/* The codec's kernels: bit-exact with the scalar ones, swiglu_row within its tolerance and bit-exact with itself at any position. */
+/* The codec's kernels: bit-exact with the scalar ones, glu_row within its tolerance and bit-exact with itself at any position. */
 #include <float.h>
 #include <stdio.h>
 
@@ -137,17 +137,31 @@ static void check_dequant(struct check *c) {
     check_line(c, "dequant_row", "16 codes x 256 scales", ok);
 }
 
-/* ---- SwiGLU ---- */
+/* ---- the activation ---- */
 
-/* Within 8 ulp of fp64, or both below 1e-36, where the denominator overflows. */
-static bool close_to_swiglu(float h, double g, double u, double limit) {
-    if (limit > 0) g = fmin(g, limit), u = fmax(fmin(u, limit), -limit);
-    double want = g / (1 + exp(-g)) * u;
-    if (fabs(want) > FLT_MAX) return isinf(h) || fabsf(h) > 0x1.ffffp127f;
-    return fabs(h - want) <= 8 * 0x1p-24 * fabs(want) + 1e-36 * fmax(1, fabs(u));
+static const struct moe4_glu glus[] = {
+    {MOE4_SWIGLU, 1, 0, 0}, {MOE4_SWIGLU, 1, 0, 7}, {MOE4_SWIGLU, 1.702f, 1, 7}, {MOE4_GELU_TANH, 1, 0, 0}, {MOE4_RELU2, 1, 0, 0}};
+static const char *const glu_names[] = {"SwiGLU", "SwiGLU, limit 7", "SwiGLU-OAI", "GELU-tanh", "ReLU^2"};
+
+static double glu_reference(double g, double u, const struct moe4_glu *p) {
+    if (p->kind == MOE4_RELU2) return u > 0 ? u * u : 0;
+    if (p->limit > 0) g = fmin(g, p->limit), u = fmax(fmin(u, p->limit), -p->limit);
+    if (p->kind == MOE4_GELU_TANH) return 0.5 * g * (1 + tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))) * u;
+    return g / (1 + exp(-p->alpha * g)) * (u + p->beta);
 }
 
-static void check_swiglu(struct check *c, float limit) {
+/* Within 8 ulp of fp64 and what an ulp of the exponential's argument moves, or both below 1e-36, where the denominator overflows. */
+static bool close_to_glu(float h, double g, double u, const struct moe4_glu *p) {
+    double want = glu_reference(g, u, p), s = p->kind == MOE4_GELU_TANH ? 1.6 * (g + 0.044715 * g * g * g) : p->alpha * g;
+    if (fabs(want) > FLT_MAX) return isinf(h) || fabsf(h) > 0x1.ffffp127f;
+    double moved = p->kind == MOE4_RELU2 || p->alpha == 1 ? 0 : fabs(s);
+    if (p->kind == MOE4_GELU_TANH) moved = 4 * fabs(s);
+    double cancel = p->beta != 0 ? fabs(g) * 0x1p-22 : 0; /* u near -beta */
+    return fabs(h - want) <= (8 + moved) * 0x1p-24 * fabs(want) + cancel + 1e-36 * fmax(1, fabs(u)) +
+                                 (p->kind == MOE4_GELU_TANH ? 1e-13 * fabs(u) : 0); /* fp64's 1 + tanh cancels too */
+}
+
+static void check_glu(struct check *c, const struct moe4_glu *glu, const char *name) {
     char what[64];
     bool ok = true, placed = true, nan_stays = true;
     for (size_t n = 0; n <= 100; n++)
@@ -157,22 +171,24 @@ static void check_swiglu(struct check *c, float limit) {
                 g[i] = (i % 2 ? 8 : 120) * random_normal(&c->random);
                 u[i] = 5 * random_normal(&c->random);
             }
-            c->k->swiglu_row(h, g, u, n, limit);
+            c->k->glu_row(h, g, u, n, glu);
             for (size_t i = 0; i < n; i++) {
                 float alone;
-                c->k->swiglu_row(&alone, g + i, u + i, 1, limit);
-                ok &= close_to_swiglu(h[i], g[i], u[i], limit);
+                c->k->glu_row(&alone, g + i, u + i, 1, glu);
+                ok &= close_to_glu(h[i], g[i], u[i], glu);
                 placed &= same_bytes(&alone, &h[i], sizeof alone);
             }
-            for (size_t i = 0; i < n; i++) (i % 2 ? g : u)[i] = NAN;
-            c->k->swiglu_row(g, g, u, n, limit); /* in place */
+            for (size_t i = 0; i < n; i++) (i % 2 && glu->kind != MOE4_RELU2 ? g : u)[i] = NAN;
+            c->k->glu_row(g, g, u, n, glu); /* in place */
             for (size_t i = 0; i < n; i++) nan_stays &= isnan(g[i]) != 0;
             ok &= guarded_release();
         }
-    snprintf(what, sizeof what, "limit %g, against fp64", limit);
-    check_line(c, "swiglu_row", what, ok);
-    check_line(c, "swiglu_row", "same bits at any position", placed);
-    check_line(c, "swiglu_row", "NaN stays", nan_stays);
+    snprintf(what, sizeof what, "%s, against fp64", name);
+    check_line(c, "glu_row", what, ok);
+    snprintf(what, sizeof what, "%s, same bits at any position", name);
+    check_line(c, "glu_row", what, placed);
+    snprintf(what, sizeof what, "%s, NaN stays", name);
+    check_line(c, "glu_row", what, nan_stays);
 }
 
 static void check_swiglu_ends(struct check *c) {
@@ -181,9 +197,9 @@ static void check_swiglu_ends(struct check *c) {
     float u[N], h[N];
     bool ok = true;
     for (int i = 0; i < N; i++) u[i] = 1;
-    c->k->swiglu_row(h, g, u, N, 0);
+    c->k->glu_row(h, g, u, N, &glus[0]);
     for (int i = 0; i < N; i++) ok &= g[i] > 80 ? h[i] == g[i] : g[i] < -80 ? h[i] <= 0 && h[i] > -1e-35f : h[i] == g[i] / 2;
-    check_line(c, "swiglu_row", "saturates, never NaN", ok);
+    check_line(c, "glu_row", "SwiGLU saturates, never NaN", ok);
 }
 
 void check_codec(struct check *c) {
@@ -196,7 +212,6 @@ void check_codec(struct check *c) {
     check_quantize(c, MOE4_RECIPE_ACTIVATION, 0, "activation");
     check_quantize(c, MOE4_RECIPE_COMPRESSED_TENSORS, 0, "compressed_tensors");
     check_dequant(c);
-    check_swiglu(c, 0);
-    check_swiglu(c, 7);
+    for (size_t i = 0; i < sizeof glus / sizeof *glus; i++) check_glu(c, &glus[i], glu_names[i]);
     check_swiglu_ends(c);
 }
