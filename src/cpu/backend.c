@@ -2,6 +2,7 @@
 #include "../backend.h"
 #include "linear.h"
 #include "moe.h"
+#include "pack.h"
 #include "select.h"
 
 const struct moe4_gemm *moe4_cpu_gemm(const struct moe4_kernels *k, moe4_dtype dtype, moe4_act act) {
@@ -9,9 +10,23 @@ const struct moe4_gemm *moe4_cpu_gemm(const struct moe4_kernels *k, moe4_dtype d
     return act == MOE4_ACT_W4A16 ? k->w4a16 : k->w4a4;
 }
 
+static moe4_status pack_experts(moe4_ctx *ctx, struct moe4_cpu_experts *p, size_t n) {
+    struct moe4_pack *packs = moe4_calloc(ctx, 3 * n, sizeof *packs, "experts to pack");
+    if (!packs) return MOE4_ERROR_MEMORY;
+    for (size_t e = 0; e < n; e++) {
+        packs[3 * e] = (struct moe4_pack){.gemm = p->x, .matrix = &p->expert[e].gate};
+        packs[3 * e + 1] = (struct moe4_pack){.gemm = p->x, .matrix = &p->expert[e].up};
+        packs[3 * e + 2] = (struct moe4_pack){.gemm = p->h, .matrix = &p->expert[e].down};
+    }
+    moe4_status status = moe4_pack(&p->packed, ctx, packs, 3 * n);
+    moe4_free(ctx, packs);
+    return status;
+}
+
 static moe4_status experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) {
     struct moe4_cpu_experts *p = moe4_calloc(ctx, 1, sizeof *p + experts->n * sizeof *p->expert, "experts");
     if (!p) return MOE4_ERROR_MEMORY;
+    experts->prepared = p;
     p->kernels = ctx->kernels;
     p->x = moe4_cpu_gemm(ctx->kernels, experts->expert->up.dtype, experts->act_x);
     p->h = moe4_cpu_gemm(ctx->kernels, experts->expert->down.dtype, experts->act_h);
@@ -19,12 +34,13 @@ static moe4_status experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) 
         const moe4_expert *x = &experts->expert[e];
         p->expert[e] = (struct moe4_cpu_expert){{.w = x->gate}, {.w = x->up}, {.w = x->down}};
     }
-    experts->prepared = p;
-    return MOE4_OK;
+    return pack_experts(ctx, p, experts->n);
 }
 
 static void experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
-    moe4_free(ctx, experts->prepared);
+    struct moe4_cpu_experts *p = experts->prepared;
+    if (p) moe4_free(ctx, p->packed);
+    moe4_free(ctx, p);
 }
 
 const struct moe4_backend moe4_backend_cpu = {

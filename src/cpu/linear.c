@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "pack.h"
 #include "rows.h"
 
 enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
@@ -11,21 +12,31 @@ enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
 struct prepared {
     const struct moe4_gemm *gemm;
     moe4_act act;
+    void *packed; /* all matrices' packed forms, or NULL */
     struct moe4_matrix matrix[];
 };
 
 moe4_status moe4_cpu_linear_prepare(moe4_linear *l) {
     struct prepared *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
     if (!p) return MOE4_ERROR_MEMORY;
+    l->prepared = p;
     p->act = l->o.act;
     p->gemm = moe4_cpu_gemm(l->ctx->kernels, l->weight->dtype, p->act);
-    for (size_t i = 0; i < l->n_weights; i++) p->matrix[i].w = l->weight[i];
-    l->prepared = p;
-    return MOE4_OK;
+    struct moe4_pack *packs = moe4_calloc(l->ctx, l->n_weights, sizeof *packs, "matrices to pack");
+    if (!packs) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < l->n_weights; i++) {
+        p->matrix[i].w = l->weight[i];
+        packs[i] = (struct moe4_pack){.gemm = p->gemm, .matrix = &p->matrix[i]};
+    }
+    moe4_status status = moe4_pack(&p->packed, l->ctx, packs, l->n_weights);
+    moe4_free(l->ctx, packs);
+    return status;
 }
 
 void moe4_cpu_linear_release(moe4_linear *l) {
-    moe4_free(l->ctx, l->prepared);
+    struct prepared *p = l->prepared;
+    if (p) moe4_free(l->ctx, p->packed);
+    moe4_free(l->ctx, p);
 }
 
 struct buffers {

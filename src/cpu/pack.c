@@ -1,0 +1,104 @@
+/* Packed weights: the store, and the 16-column tiles of pack.h. */
+#define _GNU_SOURCE
+#include "pack.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+#include "pool.h"
+
+/* ---- the store ---- */
+
+enum { TASK_COLS = 64, HUGE_PAGE = 2 << 20 };
+
+struct packing {
+    const struct moe4_pack *packs;
+    size_t n;
+};
+
+static void pack_task(void *arg, size_t task) {
+    const struct packing *all = arg;
+    size_t lo = 0, hi = all->n; /* packs[lo] starts at or before task, packs[hi] after it */
+    while (hi - lo > 1) {
+        const size_t mid = lo + (hi - lo) / 2;
+        *(all->packs[mid].first_task <= task ? &lo : &hi) = mid;
+    }
+    const struct moe4_pack *p = &all->packs[lo];
+    const size_t col0 = (task - p->first_task) * TASK_COLS, left = p->matrix->w.rows - col0;
+    p->gemm->pack((void *)p->matrix->packed, &p->matrix->w, col0, left < TASK_COLS ? left : TASK_COLS);
+}
+
+/* Memory nobody has touched yet. */
+static void *alloc_store(const moe4_ctx *ctx, size_t bytes) {
+    const bool huge = bytes >= HUGE_PAGE;
+    void *store = ctx->alloc(ctx->alloc_user, bytes, huge ? HUGE_PAGE : 64);
+    if (!store) moe4_fail(ctx, MOE4_ERROR_MEMORY, "packed weights: no memory for %zu bytes", bytes);
+#if defined(MADV_HUGEPAGE)
+    if (store && huge) madvise(store, bytes & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE); /* advice: no matter if it is refused */
+#endif
+    return store;
+}
+
+moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
+    size_t bytes = 0, tasks = 0;
+    bool fits = true;
+    *store_ret = NULL;
+    for (size_t i = 0; i < n; i++) fits &= moe4_add(&bytes, bytes, packs[i].gemm->packed_bytes(&packs[i].matrix->w));
+    MOE4_CHECK(ctx, fits, MOE4_ERROR_MEMORY, "packed weights: %zu matrices do not fit into memory", n);
+    if (!bytes) return MOE4_OK;
+    char *at = *store_ret = alloc_store(ctx, bytes);
+    if (!at) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        struct moe4_matrix *m = packs[i].matrix;
+        const size_t own = packs[i].gemm->packed_bytes(&m->w);
+        packs[i].first_task = tasks;
+        if (!own) continue; /* read in place */
+        m->packed = at;
+        at += own;
+        tasks += (m->w.rows + TASK_COLS - 1) / TASK_COLS;
+    }
+    struct packing all = {.packs = packs, .n = n};
+    moe4_pool_run(ctx->pool, tasks, pack_task, &all);
+    return MOE4_OK;
+}
+
+/* ---- 16-column tiles ---- */
+
+enum { TILE_COLS = 16, TILE_K = 64 };
+
+_Static_assert(sizeof(struct moe4_tile16) == 576, "packed weight tile");
+
+static size_t n_chunks(const moe4_weight *w) {
+    return w->cols / TILE_K + (w->cols % TILE_K != 0);
+}
+
+size_t moe4_tile16_bytes(const moe4_weight *w) {
+    return (w->rows / TILE_COLS + (w->rows % TILE_COLS != 0)) * n_chunks(w) * sizeof(struct moe4_tile16);
+}
+
+/* Column c of a tile from its codes[n_blocks * 8] and scales[n_blocks]; the other blocks stay zero. */
+static void pack_column(struct moe4_tile16 *tile, size_t c, const uint8_t *codes, const uint8_t *scales, size_t n_blocks) {
+    for (size_t b = 0; b < n_blocks; b++) {
+        tile->scale[c][b] = moe4_tile16_scale(scales[b]);
+        if (scales[b] == 0) continue;
+        memcpy(&tile->code[b][0][4 * c], codes + 8 * b, 4);
+        memcpy(&tile->code[b][1][4 * c], codes + 8 * b + 4, 4);
+    }
+}
+
+void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_cols) {
+    const size_t chunks = n_chunks(w), n_blocks = w->cols / MOE4_BLOCK;
+    struct moe4_tile16 *tile = (struct moe4_tile16 *)packed + col0 / TILE_COLS * chunks;
+    for (size_t col = col0; col < col0 + n_cols; col += TILE_COLS) {
+        const size_t cols = col0 + n_cols - col < TILE_COLS ? col0 + n_cols - col : TILE_COLS;
+        for (size_t i = 0; i < chunks; i++, tile++) {
+            const size_t block = i * (TILE_K / MOE4_BLOCK), blocks = n_blocks - block < 4 ? n_blocks - block : 4;
+            if (cols < TILE_COLS || blocks < 4) memset(tile, 0, sizeof *tile);
+            memset(tile->code, 0, sizeof tile->code); /* blocks of scale zero */
+            for (size_t c = 0; c < cols; c++) {
+                const size_t at = (col + c) * n_blocks + block;
+                pack_column(tile, c, (const uint8_t *)w->data + 8 * at, w->scale + at, blocks);
+            }
+        }
+    }
+}

@@ -1,0 +1,43 @@
+/* Weights in the form a product family wants them, and the form that kernels of 16 columns share. */
+#ifndef MOE4_CPU_PACK_H
+#define MOE4_CPU_PACK_H
+
+#include "../internal.h"
+#include "kernels.h"
+
+/* 16 columns (rows of W) x 64 k: 576 bytes, nine cache lines. The tiles of 16 columns follow each other in order of k, so a product reads
+ * one sequential stream; K and N are padded with zeros.
+ *   scale[c][b]         moe4_tile16_scale of column c's block b
+ *   code[b][h][4c + i]  byte i of half h of column c's block b: the nibbles as the checkpoint has them, low nibble = even k
+ * Scales come first because a kernel reads them first: addresses that only rise keep the hardware's prefetch going.
+ * Codes of a block whose scale is zero are zero. */
+struct moe4_tile16 {
+    uint8_t scale[16][4];
+    uint8_t code[4][2][64];
+};
+
+/* An E4M3 block scale as exponent << 3 | mantissa with five bits of exponent, so that none is subnormal: the value is
+ * (8 + mantissa) * 2^(exponent - 13); 0 is 0. */
+static inline uint8_t moe4_tile16_scale(uint8_t e4m3) {
+    if (e4m3 >= 8) return (uint8_t)(e4m3 + (3 << 3));
+    if (e4m3 >= 4) return (uint8_t)(3 << 3 | (e4m3 - 4) << 1);
+    if (e4m3 >= 2) return (uint8_t)(2 << 3 | (e4m3 - 2) << 2);
+    return (uint8_t)(e4m3 << 3);
+}
+
+/* moe4_gemm.packed_bytes and moe4_gemm.pack; col0 is a multiple of 16, and n_cols but for the last columns of the matrix. */
+size_t moe4_tile16_bytes(const moe4_weight *w);
+void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
+
+/* A matrix and the family that reads it. */
+struct moe4_pack {
+    const struct moe4_gemm *gemm;
+    struct moe4_matrix *matrix;
+    size_t first_task; /* moe4_pack's own */
+};
+
+/* Packs n matrices into one block of memory, *store_ret (for moe4_free; NULL when all are read in place), and points each matrix at its
+ * part. All threads pack, and the pages are first touched by them. Huge pages are asked for, not required. Errors: MEMORY. */
+moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
+
+#endif
