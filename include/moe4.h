@@ -57,7 +57,9 @@ typedef struct moe4_ctx moe4_ctx;
 
 /* Bits of moe4_ctx_options.isa_mask. MOE4_ISA_SCALAR is the readable reference and always there. */
 #define MOE4_ISA_SCALAR 1u
-#define MOE4_ISA_AVX2 2u /* AVX2 + FMA + F16C */
+#define MOE4_ISA_AVX2 2u       /* AVX2 + FMA + F16C */
+#define MOE4_ISA_AVX512VNNI 4u /* AVX-512 F, BW, VL, DQ, VBMI and VNNI: Ice Lake, Zen 4 and later */
+#define MOE4_ISA_AVX512BF16 8u /* and BF16 */
 
 /* alloc: `bytes` > 0 at a multiple of `align` (a power of two), or NULL. free takes what alloc gave. Both may be called from any thread. */
 typedef void *(*moe4_alloc_fn)(void *user, size_t bytes, size_t align);

@@ -23,6 +23,11 @@ uint32_t moe4_cpu_isas(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) isas |= MOE4_ISA_AVX2;
+    if ((isas & MOE4_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni"))
+        isas |= MOE4_ISA_AVX512VNNI;
+    if ((isas & MOE4_ISA_AVX512VNNI) && __builtin_cpu_supports("avx512bf16")) isas |= MOE4_ISA_AVX512BF16;
 #endif
     return isas;
 }

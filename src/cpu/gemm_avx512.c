@@ -1,0 +1,219 @@
+/* w4a4 on AVX-512 VNNI: y = x @ W^T with both sides NVFP4, block dots exact in integers.
+ *
+ * int8 holds 2*e2m1 (0, 1, 2, 3, 4, 6, 8, 12 and negatives). vpdpbusd wants one unsigned side, so weights are decoded to 2w + 12; the
+ * int32 sum of a block then starts from -12 * sum(2a), which the row carries, and the offset costs nothing.
+ *
+ *   per 16 columns x 16 k and row:   s  = start                          one broadcast load
+ *                                    s += dot4(2w + 12, 2a)              4 vpdpbusd, activations broadcast from memory
+ *                                    acc += float(s) * (sw * sa)         convert, permute, add, FMA
+ *
+ * The product of the two block scales is looked up: scale_products has 16 floats for each of the 128 activation scales, indexed by the
+ * mantissa of the weight's scale; the weight's exponent is added to the float's bits. That moves a multiply off the two pipes that
+ * VNNI and FMA share; five instructions a block on those pipes are the ceiling. No subnormal float appears, so flush-to-zero
+ * changes nothing. The block sums are exact integers and the FMAs run over blocks in order of k: one chain for each element, whatever
+ * the number of rows or columns in the call. */
+#include "pack.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+enum { MAX_ROWS = 14 /* rows of one pass: accumulators, decoded weights and scales fill the 32 registers */ };
+
+/* One row alone multiplies the two block scales, which saves a permute: the weight's scale byte becomes a float of (8 + mantissa) *
+ * 2^(exponent + 96 - 130), the line's first entry is 8/2^15 of the activation's, and so the sums come out 2^31 too small. */
+#define ONE_ROW_EXPONENT 96
+#define ONE_ROW_FACTOR 0x1p31f
+
+/* 64 k of an activation row. */
+struct chunk {
+    int8_t a[4][16];   /* 2*e2m1 of block b; k in the order 0 2 4 6 1 3 5 7 8 10 12 14 9 11 13 15, as the packed nibbles come out */
+    int32_t start[4];  /* -12 * sum of a[b] */
+    uint32_t table[4]; /* byte offset of the scale's line in scale_products */
+};
+_Static_assert(sizeof(struct chunk) == 96, "packed activation chunk");
+
+/* scale_products[sa][i] = e4m3(sa) * (8 + i % 8) / 2^15: times 2^exponent of pack.h's scale byte that is the product of the two block
+ * scales, divided by 4 for the two doubled codes. Exact. The line repeats because bit 3 of the index is the exponent's. */
+#define SA(c) ((c) < 8 ? (float)(c) / 512 : (float)(8 + (c) % 8) * (float)(1 << (c) / 8) / 1024)
+#define PRODUCT(c, i) (SA(c) * (8 + (i)) / 32768)
+#define HALF(c) PRODUCT(c, 0), PRODUCT(c, 1), PRODUCT(c, 2), PRODUCT(c, 3), PRODUCT(c, 4), PRODUCT(c, 5), PRODUCT(c, 6), PRODUCT(c, 7)
+#define LINE(c) \
+    { HALF(c), HALF(c) }
+#define LINES_8(c) LINE(c), LINE((c) + 1), LINE((c) + 2), LINE((c) + 3), LINE((c) + 4), LINE((c) + 5), LINE((c) + 6), LINE((c) + 7)
+static const float scale_products[128][16] __attribute__((aligned(64))) = {
+    LINES_8(0),  LINES_8(8),  LINES_8(16), LINES_8(24), LINES_8(32), LINES_8(40),  LINES_8(48),  LINES_8(56),
+    LINES_8(64), LINES_8(72), LINES_8(80), LINES_8(88), LINES_8(96), LINES_8(104), LINES_8(112), LINES_8(120),
+};
+
+/* 2*e2m1 + 12 by code; bits 4 and 5 of a vpermb index are the neighbour nibble's, so the line repeats. */
+#define WEIGHTS 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
+static const uint8_t weight_table[64] __attribute__((aligned(64))) = {WEIGHTS, WEIGHTS, WEIGHTS, WEIGHTS};
+
+/* acc += dot4 of the unsigned bytes of w with 4 signed bytes at a, broadcast. Compilers do not fold the broadcast into the instruction. */
+INLINE __m512i dot4(__m512i acc, __m512i w, const int8_t *a) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const int32_t *)(const void *)a));
+    return acc;
+}
+
+/* Keeps a loaded register from being loaded again at each use. */
+INLINE __m512i once(__m512i x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+/* Into the second-level cache, at distances measured on Zen 4. One row runs at the speed of memory and of the hardware's own prefetch: a
+ * line in the next page is all the help it takes, more is in the way. From two rows on, arithmetic leaves time to ask for all. */
+INLINE void prefetch(const struct moe4_tile16 *w, const int n_rows) {
+    if (n_rows == 1) {
+        _mm_prefetch((const char *)w + 4096, _MM_HINT_T1);
+        return;
+    }
+#pragma GCC unroll 16
+    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 8192 + line, _MM_HINT_T1);
+}
+
+/* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
+INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols,
+                      const int n_rows) {
+    const __m512i table = _mm512_load_si512(weight_table), exponent = _mm512_set1_epi32(0x1f << 23);
+    const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(ONE_ROW_EXPONENT << 23);
+    __m512 acc[MAX_ROWS];
+#pragma GCC unroll 16
+    for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
+    for (size_t i = 0; i < n_chunks; i++, w++) {
+        prefetch(w, n_rows);
+        const __m512i scales = once(_mm512_load_si512(w->scale));
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++) {
+            const __m512i x = once(_mm512_load_si512(w->code[b][0])), z = once(_mm512_load_si512(w->code[b][1]));
+            const __m512i w0 = _mm512_permutexvar_epi8(x, table), w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(x, 4), table);
+            const __m512i w2 = _mm512_permutexvar_epi8(z, table), w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(z, 4), table);
+            const __m512i mantissa = _mm512_srli_epi32(scales, 8 * b); /* in bits 0..2 */
+            const __m512i sw = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
+#pragma GCC unroll 16
+            for (int m = 0; m < n_rows; m++) {
+                const struct chunk *a = (const struct chunk *)rows[m] + i;
+                __m512i s = _mm512_set1_epi32(a->start[b]);
+                s = dot4(s, w0, a->a[b]);
+                s = dot4(s, w1, a->a[b] + 4);
+                s = dot4(s, w2, a->a[b] + 8);
+                s = dot4(s, w3, a->a[b] + 12);
+                const float *line = (const float *)(const void *)((const char *)scale_products + a->table[b]);
+                __m512 p;
+                if (n_rows == 1) {
+                    const __m512i f = _mm512_ternarylogic_epi32(sw, scale_bits, bias, 0xea); /* (sw & scale_bits) | bias */
+                    p = _mm512_mul_ps(_mm512_castsi512_ps(f), _mm512_set1_ps(line[0]));
+                } else {
+                    const __m512i f = _mm512_castps_si512(_mm512_permutexvar_ps(mantissa, _mm512_load_ps(line)));
+                    p = _mm512_castsi512_ps(_mm512_add_epi32(f, _mm512_and_si512(sw, exponent)));
+                }
+                acc[m] = _mm512_fmadd_ps(p, _mm512_cvtepi32_ps(s), acc[m]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < n_rows; m++) {
+        if (n_rows == 1) acc[m] = _mm512_mul_ps(acc[m], _mm512_set1_ps(ONE_ROW_FACTOR));
+        _mm512_mask_storeu_ps(y + m * y_ld, cols, acc[m]);
+    }
+}
+
+typedef void (*pass_fn)(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols);
+#define PASS(n)                                                                                                               \
+    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
+                                __mmask16 cols) {                                                                             \
+        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
+    }
+PASS(1)
+PASS(2)
+PASS(3)
+PASS(4)
+PASS(5)
+PASS(6)
+PASS(7)
+PASS(8)
+PASS(9)
+PASS(10)
+PASS(11)
+PASS(12)
+PASS(13)
+PASS(14)
+static const pass_fn passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  pass_3,  pass_4,  pass_5,  pass_6, pass_7,
+                                             pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
+
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
+    const size_t n_chunks = (w->w.cols + 63) / 64, n_passes = (n_rows + MAX_ROWS - 1) / MAX_ROWS;
+    /* Rows outside, tiles inside: a pass's rows stay in the second-level cache over all tiles, as do the call's weights over passes. */
+    for (size_t pass = 0; pass < n_passes; pass++) {
+        const size_t row0 = n_rows * pass / n_passes, n = n_rows * (pass + 1) / n_passes - row0;
+        for (size_t col = 0; col < n_cols; col += 16) {
+            const __mmask16 cols = n_cols - col < 16 ? (__mmask16)((1u << (n_cols - col)) - 1) : 0xffff;
+            const struct moe4_tile16 *tile = (const struct moe4_tile16 *)w->packed + (col0 + col) / 16 * n_chunks;
+            passes[n](y + row0 * y_ld + col, y_ld, rows + row0, tile, n_chunks, cols);
+        }
+    }
+}
+
+static size_t row_bytes(size_t k) {
+    return ((k + 63) / 64 * sizeof(struct chunk) + 63) / 64 * 64;
+}
+
+/* One chunk from 32 bytes of codes and 4 scales. */
+TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const uint8_t scales[4]) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m256i nibble = _mm256_set1_epi8(15), x = _mm256_loadu_si256((const __m256i *)(const void *)codes);
+    const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
+    const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+    const __m256i b02 = _mm256_unpacklo_epi32(even, odd), b13 = _mm256_unpackhi_epi32(even, odd);
+    _mm_storeu_si128((__m128i *)(void *)a->a[0], _mm256_castsi256_si128(b02));
+    _mm_storeu_si128((__m128i *)(void *)a->a[1], _mm256_castsi256_si128(b13));
+    _mm_storeu_si128((__m128i *)(void *)a->a[2], _mm256_extracti128_si256(b02, 1));
+    _mm_storeu_si128((__m128i *)(void *)a->a[3], _mm256_extracti128_si256(b13, 1));
+    const __m256i twelve = _mm256_set1_epi8(12), zero = _mm256_setzero_si256();
+    const __m256i s02 = _mm256_dpbusd_epi32(zero, twelve, b02), s13 = _mm256_dpbusd_epi32(zero, twelve, b13);
+    const __m256i pairs = _mm256_hadd_epi32(s02, s13), sums = _mm256_hadd_epi32(pairs, pairs); /* 0 1 0 1 | 2 3 2 3 */
+    const __m128i all = _mm_unpacklo_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    _mm_storeu_si128((__m128i *)(void *)a->start, _mm_sub_epi32(_mm_setzero_si128(), all));
+    uint32_t four;
+    memcpy(&four, scales, sizeof four);
+    _mm_storeu_si128((__m128i *)(void *)a->table, _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)four)), 6));
+}
+
+static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                         const struct moe4_rounding *rounding) {
+    enum { STEP = 512 };
+    const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
+    struct chunk *a = row;
+    uint64_t n_saturated = 0;
+    for (size_t at = 0; at < k; at += STEP) {
+        uint8_t codes[STEP / 2], scales[STEP / MOE4_BLOCK];
+        const size_t n = k - at < STEP ? k - at : STEP;
+        n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
+        if (n % 64) { /* the last chunk: blocks past the end are zero */
+            memset(codes + n / 2, 0, sizeof codes - n / 2);
+            memset(scales + n / MOE4_BLOCK, 0, sizeof scales - n / MOE4_BLOCK);
+        }
+        for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
+    }
+    *factor_ret = rounding->decode;
+    return n_saturated;
+}
+
+static const struct moe4_gemm w4a4 = {
+    .name = "w4a4 avx512vnni",
+    .tile_cols = 16,
+    .packed_bytes = moe4_tile16_bytes,
+    .pack = moe4_tile16_pack,
+    .row_bytes = row_bytes,
+    .pack_row = pack_row,
+    .gemm = gemm,
+};
+
+void moe4_kernels_gemm_avx512vnni(struct moe4_kernels *k) {
+    k->w4a4 = &w4a4;
+}
+#endif
