@@ -121,7 +121,9 @@ static void read_moe(const struct reader *r) {
     struct moe4_config *c = r->config;
     const struct moe4_family *f = c->family;
     size_t *dim = c->dim;
-    size_t n_experts = dim[MOE4_DIM_N_EXPERTS] = read_size(r, f->key_n_experts, 1, MAX_EXPERTS, REQUIRED);
+    const char *newer = "num_local_experts"; /* what transformers 5 calls every family's number when it writes one */
+    const char *key = !value_of(r, f->key_n_experts) && value_of(r, newer) ? newer : f->key_n_experts;
+    size_t n_experts = dim[MOE4_DIM_N_EXPERTS] = read_size(r, key, 1, MAX_EXPERTS, REQUIRED);
     size_t k = dim[MOE4_DIM_TOP_K] = read_size(r, "num_experts_per_tok", 1, n_experts, REQUIRED);
     dim[MOE4_DIM_EXPERT] = read_size(r, "moe_intermediate_size", 1, MAX_SIZE, REQUIRED);
     if (f->shared) dim[MOE4_DIM_N_SHARED] = read_size(r, "n_shared_experts", 0, 64, 0);
