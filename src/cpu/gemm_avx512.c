@@ -122,7 +122,6 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
     }
 }
 
-typedef void (*pass_fn)(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols);
 #define PASS(n)                                                                                                               \
     TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
                                 __mmask16 cols) {                                                                             \
@@ -142,20 +141,11 @@ PASS(11)
 PASS(12)
 PASS(13)
 PASS(14)
-static const pass_fn passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  pass_3,  pass_4,  pass_5,  pass_6, pass_7,
-                                             pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
+static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  pass_3,  pass_4,  pass_5,  pass_6, pass_7,
+                                                      pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
-    const size_t n_chunks = (w->w.cols + 63) / 64, n_passes = (n_rows + MAX_ROWS - 1) / MAX_ROWS;
-    /* Rows outside, tiles inside: a pass's rows stay in the second-level cache over all tiles, as do the call's weights over passes. */
-    for (size_t pass = 0; pass < n_passes; pass++) {
-        const size_t row0 = n_rows * pass / n_passes, n = n_rows * (pass + 1) / n_passes - row0;
-        for (size_t col = 0; col < n_cols; col += 16) {
-            const __mmask16 cols = n_cols - col < 16 ? (__mmask16)((1u << (n_cols - col)) - 1) : 0xffff;
-            const struct moe4_tile16 *tile = (const struct moe4_tile16 *)w->packed + (col0 + col) / 16 * n_chunks;
-            passes[n](y + row0 * y_ld + col, y_ld, rows + row0, tile, n_chunks, cols);
-        }
-    }
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS);
 }
 
 static size_t row_bytes(size_t k) {

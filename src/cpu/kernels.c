@@ -17,6 +17,10 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
         k->isa = "avx512vnni";
         moe4_kernels_gemm_avx512vnni(k);
     }
+    if (mask & MOE4_ISA_AVX512BF16) {
+        k->isa = "avx512bf16";
+        moe4_kernels_gemm_avx512bf16(k);
+    }
 #else
     (void)mask;
 #endif

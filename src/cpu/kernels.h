@@ -52,7 +52,7 @@ struct moe4_gemm {
     void (*pack)(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
 
     /* Bytes of a packed activation row of k elements, a multiple of 64. pack_row rounds x[k] (finite) into it; the value is what the row
-     * holds times *factor_ret (1 or rounding->decode). Returns the number of saturated blocks. */
+     * holds times *factor_ret (powers of two apart, 1 or rounding->decode). Returns the number of saturated blocks. */
     size_t (*row_bytes)(size_t k);
     uint64_t (*pack_row)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding);

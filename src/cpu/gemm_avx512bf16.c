@@ -1,0 +1,180 @@
+/* w4a16 on AVX-512 BF16: y = x @ W^T, weights NVFP4, activations bf16, sums fp32.
+ *
+ * e2m1 is exact in bf16, so a block of 16 columns x 16 k is eight vdpbf16ps and one FMA for the block scale:
+ *
+ *   t0 = sum over four pairs of k, t1 = over the other four     4 + 4 vdpbf16ps, activations broadcast from memory
+ *   acc += (t0 + t1) * sw                                       add, FMA
+ *
+ * Nine instructions on the two pipes that multiply are the ceiling; the add and the decoding run beside them. (Weights that carry their
+ * block scale would be exact in bf16 too and save the FMA, but decoding them costs more than one token can hide behind memory.)
+ *
+ * vdpbf16ps takes subnormal inputs and results for zero, whatever the caller's control register says. A packed row is therefore scaled by
+ * a power of two that brings its largest value to about 2^64: only products 2^180 below the row's largest vanish. The order of a sum is
+ * fixed: pairs in a chain, the two chains of a block, blocks in order of k. */
+#include "pack.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+enum { MAX_ROWS = 14 /* rows of one pass: accumulators, eight decoded weights, temporaries fill the 32 registers */ };
+
+/* 64 k of a row: pair [b][h][j] is k = 16b + 8h + j and 4 further on, as shifting packed nibbles yields them. */
+struct chunk {
+    uint16_t pair[4][2][4][2];
+};
+_Static_assert(sizeof(struct chunk) == 128, "packed activation chunk");
+
+/* e2m1 * 2^21 in bf16 by code; bit 4 of a vpermw index is the neighbour nibble's, so the line repeats. The 2^21 undoes SCALE_BIAS. */
+#define BF16(bits) ((bits) + (21 << 7))
+#define MAGNITUDES(sign)                                                                                                             \
+    0, sign | BF16(0x3f00), sign | BF16(0x3f80), sign | BF16(0x3fc0), sign | BF16(0x4000), sign | BF16(0x4040), sign | BF16(0x4080), \
+        sign | BF16(0x40c0)
+static const uint16_t weight_table[32]
+    __attribute__((aligned(64))) = {MAGNITUDES(0), MAGNITUDES(0x8000), MAGNITUDES(0), MAGNITUDES(0x8000)};
+
+/* pack.h's scale byte at bits 20..27 of a float is (8 + mantissa) * 2^(exponent - 130); with 96 more in the exponent it is normal, and 2^21
+ * short of the block scale. */
+enum { SCALE_BIAS = 96 };
+
+/* acc += the products of two bf16 pairs, those of a broadcast. Compilers do not fold the broadcast into the instruction. */
+INLINE __m512 dot2(__m512 acc, __m512i w, const uint16_t *a) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const uint32_t *)(const void *)a));
+    return acc;
+}
+
+/* Keeps a loaded register from being loaded again at each use. */
+INLINE __m512i once(__m512i x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+/* As in gemm_avx512.c: one row runs at the speed of memory and only needs help into the next page. */
+INLINE void prefetch(const struct moe4_tile16 *w, const int n_rows) {
+    if (n_rows == 1) {
+        _mm_prefetch((const char *)w + 4096, _MM_HINT_T1);
+        return;
+    }
+#pragma GCC unroll 16
+    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 8192 + line, _MM_HINT_T1);
+}
+
+/* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
+INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols,
+                      const int n_rows) {
+    const __m512i table = _mm512_load_si512(weight_table);
+    const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(SCALE_BIAS << 23);
+    __m512 acc[MAX_ROWS];
+#pragma GCC unroll 16
+    for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
+    for (size_t i = 0; i < n_chunks; i++, w++) {
+        prefetch(w, n_rows);
+        const __m512i scales = once(_mm512_load_si512(w->scale));
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++) {
+            __m512i v[2][4];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                const __m512i x = once(_mm512_load_si512(w->code[b][h]));
+                v[h][0] = _mm512_permutexvar_epi16(x, table);
+                v[h][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table);
+                v[h][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8), table);
+                v[h][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 12), table);
+            }
+            const __m512i shifted = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
+            const __m512 sw = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(shifted, scale_bits, bias, 0xea)); /* (shifted & bits) | bias */
+#pragma GCC unroll 16
+            for (int m = 0; m < n_rows; m++) {
+                const struct chunk *a = (const struct chunk *)rows[m] + i;
+                __m512 t0 = _mm512_setzero_ps(), t1 = _mm512_setzero_ps();
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    t0 = dot2(t0, v[0][j], a->pair[b][0][j]);
+                    t1 = dot2(t1, v[1][j], a->pair[b][1][j]);
+                }
+                acc[m] = _mm512_fmadd_ps(_mm512_add_ps(t0, t1), sw, acc[m]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < n_rows; m++) _mm512_mask_storeu_ps(y + m * y_ld, cols, acc[m]);
+}
+
+#define PASS(n)                                                                                                               \
+    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
+                                __mmask16 cols) {                                                                             \
+        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
+    }
+PASS(1)
+PASS(2)
+PASS(3)
+PASS(4)
+PASS(5)
+PASS(6)
+PASS(7)
+PASS(8)
+PASS(9)
+PASS(10)
+PASS(11)
+PASS(12)
+PASS(13)
+PASS(14)
+static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  pass_3,  pass_4,  pass_5,  pass_6, pass_7,
+                                                      pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
+
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS);
+}
+
+static size_t row_bytes(size_t k) {
+    return (k + 63) / 64 * sizeof(struct chunk);
+}
+
+/* 64 bf16 into the order of struct chunk. */
+TARGET static void pack_chunk(struct chunk *a, const uint16_t half[64]) {
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    _mm512_storeu_si512(a->pair[0], _mm512_shuffle_epi8(_mm512_loadu_si512(half), order));
+    _mm512_storeu_si512(a->pair[2], _mm512_shuffle_epi8(_mm512_loadu_si512(half + 32), order));
+}
+
+static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                         const struct moe4_rounding *rounding) {
+    enum { STEP = 512 };
+    (void)rounding;
+    const float amax = kernels->amax_row(x, k);
+    const int up = amax > 0 && ilogbf(amax) > 64 - 126 ? 64 - ilogbf(amax) : amax > 0 ? 126 : 0;
+    const float scale = ldexpf(1, up);
+    struct chunk *a = row;
+    for (size_t at = 0; at < k; at += STEP) {
+        _Alignas(64) uint16_t half[STEP];
+        float wide[STEP];
+        const size_t n = k - at < STEP ? k - at : STEP;
+        kernels->narrow_row(half, MOE4_BF16, x + at, n); /* the rounding; what follows is exact */
+        kernels->widen_row(wide, half, MOE4_BF16, n);
+        for (size_t i = 0; i < n; i++) wide[i] *= scale;
+        kernels->narrow_row(half, MOE4_BF16, wide, n);
+        if (n % 64) memset(half + n, 0, sizeof half - n * sizeof *half);
+        for (size_t i = 0; i < n; i += 64) pack_chunk(a++, half + i);
+    }
+    *factor_ret = ldexpf(1, -up);
+    return 0;
+}
+
+static const struct moe4_gemm w4a16 = {
+    .name = "w4a16 avx512bf16",
+    .tile_cols = 16,
+    .packed_bytes = moe4_tile16_bytes,
+    .pack = moe4_tile16_pack,
+    .row_bytes = row_bytes,
+    .pack_row = pack_row,
+    .gemm = gemm,
+};
+
+void moe4_kernels_gemm_avx512bf16(struct moe4_kernels *k) {
+    k->w4a16 = &w4a16;
+}
+#endif
