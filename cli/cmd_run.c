@@ -297,24 +297,42 @@ static json_t *number(double x) { /* JSON has no NaN and no infinity */
     return isfinite(x) ? json_real(x) : json_null();
 }
 
+static json_t *seconds_json(const struct run *r) {
+    json_t *seconds = json_pack("{s:f, s:o, s:f}", "load", r->load_seconds, "route", r->router ? json_real(r->route_seconds) : json_null(),
+                                "forward", r->forward_seconds);
+    for (int i = 0; i < MOE4_N_STAGES; i++) json_object_set_new(seconds, moe4_stage_name((moe4_stage)i), json_real(r->report.seconds[i]));
+    return seconds;
+}
+
+static json_t *check_json(const struct run *r) {
+    const struct difference *d = &r->difference;
+    if (!r->args->check) return json_null();
+    return json_pack("{s:o, s:o, s:o, s:o, s:f, s:b}", "against", cli_json_text(r->args->check), "relative_l2", number(d->relative_l2),
+                     "cosine", number(d->cosine), "largest", number(d->largest), "tol", r->args->tol, "passed", d->passed);
+}
+
 static int print_json(const struct run *r) {
     const moe4_moe_report *p = &r->report;
     const struct args *a = r->args;
-    json_t *seconds = json_pack("{s:f, s:o, s:f}", "load", r->load_seconds, "route", r->router ? json_real(r->route_seconds) : json_null(),
-                                "forward", r->forward_seconds);
-    for (int i = 0; i < MOE4_N_STAGES; i++) json_object_set_new(seconds, moe4_stage_name((moe4_stage)i), json_real(p->seconds[i]));
-    json_t *check = a->check ? json_pack("{s:s, s:o, s:o, s:o, s:f, s:b}", "against", a->check, "relative_l2",
-                                         number(r->difference.relative_l2), "cosine", number(r->difference.cosine), "largest",
-                                         number(r->difference.largest), "tol", a->tol, "passed", r->difference.passed)
-                             : json_null();
-    return cli_print_json(json_pack(
-        "{s:s, s:I, s:s, s:s, s:b, s:I, s:I, s:I, s:I, s:I, s:s, s:s, s:I, s:o, s:I, s:f, s:I, s:I, s:s?, s:o}", "model", a->model, "layer",
-        (json_int_t)a->layer, "kind", r->kind == MOE4_LAYER_MOE ? "moe" : "dense", "act", moe4_act_name(r->act), "shared", a->shared,
-        "tokens", (json_int_t)p->n_tokens, "slots", (json_int_t)p->n_slots, "experts_hit", (json_int_t)p->n_experts_hit,
-        "least_tokens_of_an_expert", (json_int_t)r->least_tokens, "most_tokens_of_an_expert", (json_int_t)r->most_tokens, "isa",
-        moe4_ctx_isa(r->ctx), "isa_reason", moe4_ctx_isa_reason(r->ctx), "threads", (json_int_t)moe4_ctx_n_threads(r->ctx), "seconds",
-        seconds, "weight_bytes", (json_int_t)p->weight_bytes, "weight_gb_per_s", weight_rate(r), "saturated_blocks",
-        (json_int_t)p->n_saturated_blocks, "nonfinite_rows", (json_int_t)p->n_nonfinite_rows, "output", a->output, "check", check));
+    json_t *layer =
+        json_pack("{s:o, s:I, s:s, s:s, s:b, s:s, s:s, s:I}", "model", cli_json_text(a->model), "layer", (json_int_t)a->layer, "kind",
+                  r->kind == MOE4_LAYER_MOE ? "moe" : "dense", "act", moe4_act_name(r->act), "shared", a->shared, "isa",
+                  moe4_ctx_isa(r->ctx), "isa_reason", moe4_ctx_isa_reason(r->ctx), "threads", (json_int_t)moe4_ctx_n_threads(r->ctx));
+    json_t *work = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f}", "tokens", (json_int_t)p->n_tokens, "slots",
+                             (json_int_t)p->n_slots, "experts_hit", (json_int_t)p->n_experts_hit, "least_tokens_of_an_expert",
+                             (json_int_t)r->least_tokens, "most_tokens_of_an_expert", (json_int_t)r->most_tokens, "saturated_blocks",
+                             (json_int_t)p->n_saturated_blocks, "nonfinite_rows", (json_int_t)p->n_nonfinite_rows, "weight_bytes",
+                             (json_int_t)p->weight_bytes, "weight_gb_per_s", weight_rate(r));
+    json_t *results = json_pack("{s:o, s:o, s:o}", "seconds", seconds_json(r), "output", a->output ? cli_json_text(a->output) : json_null(),
+                                "check", check_json(r));
+    bool whole = json_object_update(layer, work) == 0 && json_object_update(layer, results) == 0; /* false for a NULL, too */
+    json_decref(work);
+    json_decref(results);
+    if (!whole) {
+        json_decref(layer);
+        layer = NULL;
+    }
+    return cli_print_json(layer);
 }
 
 static void release(struct run *r) {

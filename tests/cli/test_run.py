@@ -4,10 +4,11 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import unittest
 
 import tensors
-from cli_case import BAD_DATA, BAD_USAGE, GOLDEN, MODEL, CliCase
+from cli_case import BAD_DATA, BAD_USAGE, GOLDEN, MODEL, PROGRAM, CliCase
 
 X3 = f"{GOLDEN}:tale.layer3.x"
 MODES = {"w4a16": "1e-4", "static": "5e-4", "tensor": "5e-4", "token": "5e-4"}
@@ -226,6 +227,13 @@ class Bundled(CliCase):
         tensors.write(x, {"x": ("F32", [1, 256], [0.5] * 256), "z": ("F32", [1, 256], [0.5] * 256)})
         self.json("run", MODEL, "--layer", 0, "--input", x)
         self.json("run", MODEL, "--layer", 0, "--input", f"{x}:z")
+
+    def test_names_that_are_not_utf8(self):
+        name = os.fsencode(self.folder) + b"/\xff.safetensors"
+        arguments = [PROGRAM, "run", MODEL, "--layer", "0", "--input", X3, "--json", "--output", name]
+        done = subprocess.run(arguments, capture_output=True, check=True)
+        self.assertTrue(json.loads(done.stdout)["output"].endswith("/?.safetensors"))
+        self.assertTrue(os.path.exists(name))
 
 
 class Tiny(CliCase):
