@@ -116,6 +116,30 @@ static void check_quantize(struct check *c, moe4_recipe recipe, int four_over_si
     check_line(c, "quantize_row", name, ok);
 }
 
+/* The ties of e2m1 and their neighbours: with these global scales and a 6 in the block its scale is 1, and elements stay as they are. */
+static void check_ties(struct check *c) {
+    static const float ties[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.f, 0x1p-126f};
+    static const uint8_t want[3][8] = {{0, 1, 2, 3, 4, 5, 6, 0}, {0, 2, 2, 4, 4, 6, 6, 0}, {1, 2, 3, 4, 5, 6, 7, 0}};
+    static const moe4_recipe recipes[] = {MOE4_RECIPE_MODELOPT, MOE4_RECIPE_MODELOPT_STATIC, MOE4_RECIPE_ACTIVATION,
+                                          MOE4_RECIPE_COMPRESSED_TENSORS};
+    bool ok = true;
+    for (int r = 0; r < 4; r++)
+        for (int nudge = 0; nudge < 3; nudge++) { /* below, at, above */
+            const struct moe4_quantizer z = {.recipe = recipes[r], .global = 1, .amax = 2688};
+            float x[32];
+            uint8_t codes[16], scales[2];
+            for (int i = 0; i < 32; i++) {
+                float tie = ties[i / 2 % 8], near = nudge == 1 ? tie : nextafterf(tie, nudge ? 9 : 0);
+                x[i] = i % 2 ? -near : near;
+            }
+            x[14] = x[30] = 6; /* in place of a subnormal */
+            c->k->quantize_row(codes, scales, x, 32, &z);
+            for (int i = 0; i < 16; i++) ok &= codes[i] == (i % 8 == 7 ? 0x87 : want[nudge][i % 8] * 0x11 + 0x80);
+            ok &= scales[0] == 0x38 && scales[1] == 0x38;
+        }
+    check_line(c, "quantize_row", "ties and their neighbours", ok);
+}
+
 /* Every code with every scale byte, and the factors' extremes. */
 static void check_dequant(struct check *c) {
     static const float factors[] = {1, 0.1f, -3, 0x1p-149f, FLT_MAX, 0x1.234568p-120f};
@@ -211,6 +235,7 @@ void check_codec(struct check *c) {
     check_quantize(c, MOE4_RECIPE_MODELOPT_STATIC, 0, "modelopt_static");
     check_quantize(c, MOE4_RECIPE_ACTIVATION, 0, "activation");
     check_quantize(c, MOE4_RECIPE_COMPRESSED_TENSORS, 0, "compressed_tensors");
+    check_ties(c);
     check_dequant(c);
     for (size_t i = 0; i < sizeof glus / sizeof *glus; i++) check_glu(c, &glus[i], glu_names[i]);
     check_swiglu_ends(c);
