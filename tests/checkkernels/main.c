@@ -63,7 +63,10 @@ int main(int argc, char **argv) {
     uint32_t have = moe4_cpu_isas();
     size_t n = 0, n_failed = 0;
     for (uint32_t bit = 1; bit && bit <= have; bit <<= 1)
-        if (have & bit) moe4_kernels_init(&kernels[n++], have & (2 * bit - 1));
+        if (have & bit) {
+            moe4_kernels_init(&kernels[n], have & (2 * bit - 1));
+            n += n == 0 || strcmp(kernels[n].isa, kernels[n - 1].isa) != 0; /* a bit may have no kernels of its own */
+        }
     if (argc == 2 && strcmp(argv[1], "--bench") == 0) {
         bench(kernels, n);
         return 0;
