@@ -174,7 +174,7 @@ static int route(struct run *r) {
     if (exit_status == CLI_FINE) exit_status = new_workspace(&workspace, bytes);
     if (exit_status == CLI_FINE) {
         double start = cli_seconds();
-        status = moe4_router_forward(r->router, r->ids.data, r->weights.data, r->x.data, r->x.rows, &workspace, NULL);
+        status = moe4_router_forward(r->router, r->ids.data, r->weights.data, r->x.data, NULL, r->x.rows, &workspace, NULL);
         r->route_seconds = cli_seconds() - start;
         if (status != MOE4_OK) exit_status = cli_fail(r->ctx, status, a->model);
     }

@@ -41,7 +41,7 @@ int main(int argc, char **argv) {
     must(moe4_moe_workspace_bytes(layer, &for_layer, TOKENS));
     moe4_workspace scratch = workspace(for_router > for_layer ? for_router : for_layer);
 
-    must(moe4_router_forward(router, ids, weights, x, TOKENS, &scratch, NULL));
+    must(moe4_router_forward(router, ids, weights, x, NULL, TOKENS, &scratch, NULL));
     must(moe4_moe_forward(layer, y, x, ids, weights, TOKENS, &scratch, NULL));
     printf("y[0] = %g, mostly from expert %d\n", (double)y[0], ids[0]);
     /* end */

@@ -263,24 +263,36 @@ MOE4_API moe4_status moe4_checkpoint_find(const moe4_checkpoint *ckpt, moe4_tens
 /* config.json as it stands, bytes_ret (or NULL) its length; "" for a single file. */
 MOE4_API const char *moe4_checkpoint_config(const moe4_checkpoint *ckpt, size_t *bytes_ret);
 
+/* How logits l become experts and weights; b is the bias, which chooses and (but for TOPK_SOFTMAX) never weighs. Ties: the lower index.
+ * With `normalize` the chosen weights are divided by their sum; then all are multiplied by `scale`. */
 typedef enum moe4_router_kind {
     MOE4_ROUTER_NONE = 0,
-    MOE4_ROUTER_SOFTMAX_TOPK, /* p = softmax(l); top-k of p; optionally renormalised (Mixtral, Qwen) */
-    MOE4_ROUTER_SIGMOID_BIAS  /* s = sigmoid(l); top-k of s + b, group-limited; s/(sum + 1e-20)*scale (DeepSeek-V3, Kimi, GLM) */
+    MOE4_ROUTER_SOFTMAX_TOPK,      /* p = softmax(l); top-k of p; weights p (Mixtral, Qwen) */
+    MOE4_ROUTER_SIGMOID_BIAS,      /* s = sigmoid(l); top-k of s + b, group-limited; weights s, 1e-20 added to their sum (DeepSeek-V3) */
+    MOE4_ROUTER_TOPK_SOFTMAX,      /* top-k of l + b; weights softmax over the k chosen (gpt-oss); no normalize */
+    MOE4_ROUTER_SQRTSOFTPLUS_BIAS, /* s = sqrt(softplus(l / gate_temp)), softplus(l) = l above 20; top-k of s + b; weights s (DeepSeek-V4)
+                                    */
+    MOE4_ROUTER_HASH,              /* experts from a table by token id; weights s as SQRTSOFTPLUS_BIAS (DeepSeek-V4's first layers) */
+    MOE4_ROUTER_SIGMOID_TOP1       /* the largest l; weight sigmoid(l), meant for MOE4_WEIGHT_ON_X (Llama-4); top_k 1 */
 } moe4_router_kind;
 
 typedef struct moe4_router_options {
     size_t struct_size;
     moe4_router_kind kind;
     size_t hidden, n_experts, top_k;
-    size_t n_group, topk_group; /* SIGMOID_BIAS; 0 or 1: no groups */
-    int normalize;              /* divide the chosen weights by their sum */
+    size_t n_group, topk_group; /* SIGMOID_BIAS; 0 or 1: no groups. The score of a group is the sum of its two best s + b */
+    int normalize;              /* divide the chosen weights by their sum; a sum of 0 leaves zeros */
     float scale;                /* routed_scaling_factor, applied once, in the weights; 0 means 1 */
-    moe4_dtype x_dtype;         /* of forward's x: F32, BF16 or F16 */
+    float gate_temp;            /* SQRTSOFTPLUS_BIAS, HASH; 0 means 1 */
+    const float *alt_bias;      /* [n_experts], copied: a second bias, for the tokens that forward names (images); or NULL */
+    const void *table;          /* HASH: [n_token_ids, top_k] experts of each token id, borrowed */
+    moe4_dtype table_dtype;     /* I32 or I64 */
+    size_t n_token_ids;
+    moe4_dtype x_dtype; /* of forward's x: F32, BF16 or F16 */
     size_t x_ld;
 } moe4_router_options;
 #define MOE4_ROUTER_OPTIONS_INIT \
-    { sizeof(moe4_router_options), MOE4_ROUTER_NONE, 0, 0, 0, 0, 0, 0, 0.f, MOE4_F32, 0 }
+    { sizeof(moe4_router_options), MOE4_ROUTER_NONE, 0, 0, 0, 0, 0, 0, 0.f, 0.f, NULL, NULL, MOE4_I32, 0, MOE4_F32, 0 }
 
 typedef struct moe4_model_info {
     size_t struct_size;
@@ -332,7 +344,8 @@ MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_p
 typedef struct moe4_router moe4_router;
 
 /* gate [n_experts, hidden] BF16, F16 or F32, borrowed until destroy; NULL when only select is used. bias fp32 [n_experts] is copied;
- * NULL: zeros. Errors: ARGUMENT, MEMORY. */
+ * NULL: zeros; kinds without a b take none. Errors: ARGUMENT, FORMAT (a bias that is not finite; a row of the hash table with an expert
+ * twice or out of range), MEMORY. */
 MOE4_API moe4_status moe4_router_create(moe4_router **router_ret, moe4_ctx *ctx, const moe4_weight *gate, const float *bias,
                                         const moe4_router_options *options);
 /* The router of a layer, kind and numbers from config.json; options (or NULL) gives x_dtype and x_ld. Borrows ckpt. */
@@ -341,13 +354,23 @@ MOE4_API moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret
 MOE4_API void moe4_router_destroy(moe4_router *router);
 
 MOE4_API moe4_status moe4_router_workspace_bytes(const moe4_router *router, size_t *bytes_ret, size_t n_tokens);
+/* What a router wants to know of the tokens besides x; all [T]. */
+typedef struct moe4_router_tokens {
+    size_t struct_size;
+    const int32_t *token_ids; /* HASH */
+    const uint8_t *alt_bias;  /* non-zero: this token chooses by alt_bias; or NULL: none does */
+} moe4_router_tokens;
+#define MOE4_ROUTER_TOKENS_INIT \
+    { sizeof(moe4_router_tokens), NULL, NULL }
+
 /* topk_ids [T,k] int32, topk_weights [T,k] fp32 from x [T,hidden]: fp32 logits, best expert first, ties to the lower index. A row with a
- * NaN or Inf gets ids 0 .. k-1 and NaN weights, so that its result is NaN. Errors: ARGUMENT. */
-MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x, size_t n_tokens,
-                                         const moe4_workspace *workspace, void *stream);
+ * NaN or Inf gets ids 0 .. k-1 and NaN weights, so that its result is NaN. `tokens` may be NULL
+ * where nothing in it is needed. Errors: ARGUMENT (a token id outside the table: the token and both numbers). */
+MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x,
+                                         const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream);
 /* The same from logits [T,E] fp32, contiguous; needs no workspace. */
 MOE4_API moe4_status moe4_router_select(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits,
-                                        size_t n_tokens, void *stream);
+                                        const moe4_router_tokens *tokens, size_t n_tokens, void *stream);
 
 /* ---- mixture-of-experts layer --------------------------------------------------------------------------------------------------- */
 

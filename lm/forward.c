@@ -44,7 +44,7 @@ static void add_bias(float *y, const float *bias, size_t n_tokens, size_t n) {
 static moe4_status mlp(struct lm_run *run, const struct lm_layer *l, float *y, const float *h, size_t n_tokens) {
     struct lm *lm = run->model->lm;
     const moe4_workspace *ws = &run->workspace;
-    if (l->router) LM_TRY(lm, moe4_router_forward(l->router, run->topk_ids, run->topk_weights, h, n_tokens, ws, NULL));
+    if (l->router) LM_TRY(lm, moe4_router_forward(l->router, run->topk_ids, run->topk_weights, h, NULL, n_tokens, ws, NULL));
     LM_TRY(lm, moe4_moe_forward(l->mlp, y, h, l->router ? run->topk_ids : NULL, l->router ? run->topk_weights : NULL, n_tokens, ws, NULL));
     moe4_moe_report report = MOE4_MOE_REPORT_INIT;
     LM_TRY(lm, moe4_moe_report_read(l->mlp, &report, NULL, ws, NULL));

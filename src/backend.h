@@ -60,6 +60,18 @@ struct moe4_router {
     moe4_router_options o;
     moe4_linear *logits; /* NULL without gate weights */
     float *bias;         /* [n_experts] */
+    float *alt_bias;     /* [n_experts], or NULL */
+};
+
+struct moe4_select_call {
+    const moe4_router *router;
+    int32_t *topk_ids;
+    float *topk_weights;
+    const float *logits;
+    const int32_t *token_ids;
+    const uint8_t *alt_bias; /* non-zero: by the second bias; NULL: none */
+    size_t n_tokens;
+    void *stream;
 };
 
 struct moe4_backend {
@@ -84,8 +96,7 @@ struct moe4_backend {
     moe4_status (*linear_forward)(const struct moe4_linear_call *call);
 
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
-    moe4_status (*select)(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
-                          void *stream);
+    moe4_status (*select)(const struct moe4_select_call *call);
 };
 
 extern const struct moe4_backend moe4_backend_cpu;

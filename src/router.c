@@ -5,22 +5,72 @@
 #include "backend.h"
 #include "fpenv.h"
 
-static moe4_status check_options(const moe4_ctx *ctx, moe4_router_options *o) {
-    MOE4_CHECK(ctx, o->kind == MOE4_ROUTER_SOFTMAX_TOPK || o->kind == MOE4_ROUTER_SIGMOID_BIAS, MOE4_ERROR_ARGUMENT,
-               "options.kind: %d is no router", (int)o->kind);
-    MOE4_CHECK(ctx, o->n_experts >= 1 && o->n_experts <= MOE4_MAX_EXPERTS, MOE4_ERROR_ARGUMENT, "options.n_experts: %zu (1 to %d)",
-               o->n_experts, MOE4_MAX_EXPERTS);
-    MOE4_CHECK(ctx, o->top_k >= 1 && o->top_k <= o->n_experts, MOE4_ERROR_ARGUMENT, "options.top_k: %zu of %zu experts", o->top_k,
-               o->n_experts);
+static bool takes_bias(moe4_router_kind kind) {
+    return kind == MOE4_ROUTER_SIGMOID_BIAS || kind == MOE4_ROUTER_TOPK_SOFTMAX || kind == MOE4_ROUTER_SQRTSOFTPLUS_BIAS;
+}
+
+static moe4_status check_groups(const moe4_ctx *ctx, moe4_router_options *o) {
     if (!o->n_group) o->n_group = 1;
     if (!o->topk_group) o->topk_group = o->n_group;
+    MOE4_CHECK(ctx, o->n_group == 1 || o->kind == MOE4_ROUTER_SIGMOID_BIAS, MOE4_ERROR_ARGUMENT,
+               "options.n_group: %zu, groups are for SIGMOID_BIAS", o->n_group);
     MOE4_CHECK(ctx, o->n_experts % o->n_group == 0, MOE4_ERROR_ARGUMENT, "options.n_group: %zu experts in %zu groups", o->n_experts,
                o->n_group);
     MOE4_CHECK(ctx, o->topk_group <= o->n_group, MOE4_ERROR_ARGUMENT, "options.topk_group: %zu of %zu groups", o->topk_group, o->n_group);
     MOE4_CHECK(ctx, o->n_experts / o->n_group * o->topk_group >= o->top_k, MOE4_ERROR_ARGUMENT,
                "options.topk_group: %zu groups of %zu experts, fewer than top_k %zu", o->topk_group, o->n_experts / o->n_group, o->top_k);
+    return MOE4_OK;
+}
+
+static moe4_status check_options(const moe4_ctx *ctx, moe4_router_options *o) {
+    MOE4_CHECK(ctx, o->kind > MOE4_ROUTER_NONE && o->kind <= MOE4_ROUTER_SIGMOID_TOP1, MOE4_ERROR_ARGUMENT, "options.kind: %d is no router",
+               (int)o->kind);
+    MOE4_CHECK(ctx, o->n_experts >= 1 && o->n_experts <= MOE4_MAX_EXPERTS, MOE4_ERROR_ARGUMENT, "options.n_experts: %zu (1 to %d)",
+               o->n_experts, MOE4_MAX_EXPERTS);
+    MOE4_CHECK(ctx, o->top_k >= 1 && o->top_k <= o->n_experts, MOE4_ERROR_ARGUMENT, "options.top_k: %zu of %zu experts", o->top_k,
+               o->n_experts);
+    MOE4_CHECK(ctx, o->top_k == 1 || o->kind != MOE4_ROUTER_SIGMOID_TOP1, MOE4_ERROR_ARGUMENT, "options.top_k: %zu, SIGMOID_TOP1 chooses 1",
+               o->top_k);
+    MOE4_TRY(check_groups(ctx, o));
     if (o->scale == 0) o->scale = 1;
-    MOE4_CHECK(ctx, isfinite(o->scale), MOE4_ERROR_ARGUMENT, "options.scale: %g", (double)o->scale);
+    if (o->gate_temp == 0) o->gate_temp = 1;
+    MOE4_CHECK(ctx, isfinite(o->scale) && isfinite(o->gate_temp) && o->gate_temp > 0, MOE4_ERROR_ARGUMENT,
+               "options: scale %g, gate_temp %g", (double)o->scale, (double)o->gate_temp);
+    bool tempered = o->kind == MOE4_ROUTER_SQRTSOFTPLUS_BIAS || o->kind == MOE4_ROUTER_HASH;
+    MOE4_CHECK(ctx, tempered || o->gate_temp == 1, MOE4_ERROR_ARGUMENT, "options.gate_temp: %g, for SQRTSOFTPLUS_BIAS and HASH",
+               (double)o->gate_temp);
+    MOE4_CHECK(ctx, (o->kind == MOE4_ROUTER_HASH) == (o->table && o->n_token_ids), MOE4_ERROR_ARGUMENT,
+               "options.table: HASH and only HASH has one (%zu token ids)", o->n_token_ids);
+    return MOE4_OK;
+}
+
+static int64_t table_entry(const moe4_router_options *o, size_t i) {
+    return o->table_dtype == MOE4_I64 ? ((const int64_t *)o->table)[i] : ((const int32_t *)o->table)[i];
+}
+
+static moe4_status check_table(const moe4_ctx *ctx, const moe4_router_options *o) {
+    MOE4_CHECK(ctx, o->table_dtype == MOE4_I32 || o->table_dtype == MOE4_I64, MOE4_ERROR_ARGUMENT, "options.table_dtype: %s (I32 or I64)",
+               moe4_dtype_name(o->table_dtype));
+    for (size_t id = 0; id < o->n_token_ids; id++)
+        for (size_t j = 0; j < o->top_k; j++) {
+            int64_t e = table_entry(o, id * o->top_k + j);
+            MOE4_CHECK(ctx, e >= 0 && (uint64_t)e < o->n_experts, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld of %zu", id,
+                       (long long)e, o->n_experts);
+            for (size_t i = 0; i < j; i++)
+                MOE4_CHECK(ctx, table_entry(o, id * o->top_k + i) != e, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld twice",
+                           id, (long long)e);
+        }
+    return MOE4_OK;
+}
+
+/* *copy_ret = bias, or zeros for NULL; all finite. */
+static moe4_status copy_bias(const moe4_router *r, float **copy_ret, const float *bias, const char *what) {
+    size_t n = r->o.n_experts;
+    *copy_ret = moe4_calloc(r->ctx, n, sizeof *bias, what);
+    if (!*copy_ret) return MOE4_ERROR_MEMORY;
+    if (bias) memcpy(*copy_ret, bias, n * sizeof *bias);
+    for (size_t e = 0; e < n; e++)
+        MOE4_CHECK(r->ctx, isfinite((*copy_ret)[e]), MOE4_ERROR_FORMAT, "%s [%zu]: %g", what, e, (double)(*copy_ret)[e]);
     return MOE4_OK;
 }
 
@@ -28,11 +78,12 @@ static moe4_status router_init(moe4_router *r, const moe4_weight *gate, const fl
     moe4_ctx *ctx = r->ctx;
     moe4_router_options *o = &r->o;
     MOE4_TRY(check_options(ctx, o));
-    r->bias = moe4_calloc(ctx, o->n_experts, sizeof *r->bias, "router bias");
-    if (!r->bias) return MOE4_ERROR_MEMORY;
-    if (bias) memcpy(r->bias, bias, o->n_experts * sizeof *bias);
-    for (size_t e = 0; e < o->n_experts; e++)
-        MOE4_CHECK(ctx, isfinite(r->bias[e]), MOE4_ERROR_FORMAT, "router bias [%zu]: %g", e, (double)r->bias[e]);
+    MOE4_CHECK(ctx, takes_bias(o->kind) || (!bias && !o->alt_bias), MOE4_ERROR_ARGUMENT, "a bias, and routers of kind %d take none",
+               (int)o->kind);
+    MOE4_TRY(copy_bias(r, &r->bias, bias, "router bias"));
+    if (o->alt_bias) MOE4_TRY(copy_bias(r, &r->alt_bias, o->alt_bias, "router alt_bias"));
+    o->alt_bias = NULL; /* was the caller's */
+    if (o->kind == MOE4_ROUTER_HASH) MOE4_TRY(check_table(ctx, o));
     if (!gate) return MOE4_OK;
     MOE4_CHECK(ctx, gate->dtype != MOE4_NVFP4, MOE4_ERROR_ARGUMENT, "router gate: dtype NVFP4 (BF16, F16 or F32)");
     MOE4_CHECK(ctx, gate->rows == o->n_experts && gate->cols == o->hidden, MOE4_ERROR_ARGUMENT,
@@ -68,6 +119,7 @@ void moe4_router_destroy(moe4_router *r) {
     if (!r) return;
     moe4_linear_destroy(r->logits);
     moe4_free(r->ctx, r->bias);
+    moe4_free(r->ctx, r->alt_bias);
     moe4_free(r->ctx, r);
 }
 
@@ -91,30 +143,49 @@ moe4_status moe4_router_workspace_bytes(const moe4_router *r, size_t *bytes_ret,
     return MOE4_OK;
 }
 
-static moe4_status choose(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
-                          void *stream) {
+/* What the router needs of the tokens is there and in range. */
+static moe4_status check_tokens(const moe4_router *r, moe4_router_tokens *tokens, const moe4_router_tokens *given, size_t n_tokens) {
+    *tokens = (moe4_router_tokens)MOE4_ROUTER_TOKENS_INIT;
+    MOE4_CHECK(r->ctx, moe4_options_read(tokens, sizeof *tokens, given), MOE4_ERROR_ARGUMENT,
+               "tokens: struct_size is wrong, or a field is unknown");
+    MOE4_CHECK(r->ctx, !tokens->alt_bias || r->alt_bias, MOE4_ERROR_ARGUMENT, "tokens.alt_bias: this router has no second bias");
+    if (r->o.kind != MOE4_ROUTER_HASH) return MOE4_OK;
+    MOE4_CHECK(r->ctx, tokens->token_ids || !n_tokens, MOE4_ERROR_ARGUMENT, "tokens.token_ids: NULL, and this router chooses by token id");
+    for (size_t t = 0; t < n_tokens; t++)
+        MOE4_CHECK(r->ctx, tokens->token_ids[t] >= 0 && (size_t)tokens->token_ids[t] < r->o.n_token_ids, MOE4_ERROR_ARGUMENT,
+                   "token %zu: id %d, the hash table has %zu", t, tokens->token_ids[t], r->o.n_token_ids);
+    return MOE4_OK;
+}
+
+static moe4_status choose(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits,
+                          const moe4_router_tokens *tokens, size_t n_tokens, void *stream) {
+    const struct moe4_select_call c = {r, topk_ids, topk_weights, logits, tokens->token_ids, tokens->alt_bias, n_tokens, stream};
     struct moe4_fpenv env = moe4_fpenv_enter();
-    moe4_status status = r->ctx->backend->select(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    moe4_status status = r->ctx->backend->select(&c);
     moe4_fpenv_leave(env);
     return status;
 }
 
-moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const void *x, size_t n_tokens,
-                                const moe4_workspace *workspace, void *stream) {
+moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const void *x,
+                                const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream) {
     moe4_begin(r->ctx);
     size_t logits_bytes, linear_bytes;
+    moe4_router_tokens known;
     MOE4_TRY(workspace_parts(r, n_tokens, &logits_bytes, &linear_bytes));
     MOE4_TRY(moe4_workspace_check(r->ctx, "moe4_router_forward", workspace, logits_bytes + linear_bytes));
     MOE4_CHECK(r->ctx, !n_tokens || (topk_ids && topk_weights && x), MOE4_ERROR_ARGUMENT, "moe4_router_forward: a NULL buffer");
+    MOE4_TRY(check_tokens(r, &known, tokens, n_tokens));
     float *logits = workspace->data;
     const moe4_workspace rest = {(char *)workspace->data + logits_bytes, linear_bytes};
     MOE4_TRY(moe4_linear_forward(r->logits, (void *const[]){logits}, NULL, x, n_tokens, &rest, stream));
-    return choose(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    return choose(r, topk_ids, topk_weights, logits, &known, n_tokens, stream);
 }
 
-moe4_status moe4_router_select(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
-                               void *stream) {
+moe4_status moe4_router_select(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits,
+                               const moe4_router_tokens *tokens, size_t n_tokens, void *stream) {
     moe4_begin(r->ctx);
+    moe4_router_tokens known;
     MOE4_CHECK(r->ctx, !n_tokens || (topk_ids && topk_weights && logits), MOE4_ERROR_ARGUMENT, "moe4_router_select: a NULL buffer");
-    return choose(r, topk_ids, topk_weights, logits, n_tokens, stream);
+    MOE4_TRY(check_tokens(r, &known, tokens, n_tokens));
+    return choose(r, topk_ids, topk_weights, logits, &known, n_tokens, stream);
 }

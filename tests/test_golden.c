@@ -146,7 +146,7 @@ static void test_router(void **state) {
         ws.data = aligned_alloc(64, ws.bytes);
         int32_t ids[T * K];
         float weights[T * K];
-        OK(ctx, moe4_router_forward(router, ids, weights, find(layer, "x", MOE4_BF16, T * H), T, &ws, NULL));
+        OK(ctx, moe4_router_forward(router, ids, weights, find(layer, "x", MOE4_BF16, T * H), NULL, T, &ws, NULL));
         const int32_t *want_ids = find(layer, "topk_idx", MOE4_I32, T * K);
         const float *want = find(layer, "topk_weight", MOE4_F32, T * K);
         assert_memory_equal(ids, want_ids, sizeof ids);

@@ -24,15 +24,32 @@ static size_t rank_of(const double *v, const bool *allowed, size_t n, size_t e) 
     return rank;
 }
 
+static double softplus(double l) {
+    return l > 20 ? l : log1p(exp(l));
+}
+
+static double score_of(const moe4_router_options *o, const float *logits, const float *bias, size_t e) {
+    double sum = 0, l = logits[e];
+    switch (o->kind) {
+    case MOE4_ROUTER_SOFTMAX_TOPK:
+        for (size_t i = 0; i < o->n_experts; i++) sum += exp((double)logits[i]);
+        return exp(l) / sum;
+    case MOE4_ROUTER_TOPK_SOFTMAX: return l + bias[e];
+    case MOE4_ROUTER_SQRTSOFTPLUS_BIAS:
+    case MOE4_ROUTER_HASH: return sqrt(softplus(l / (o->gate_temp == 0 ? 1 : o->gate_temp)));
+    default: return 1 / (1 + exp(-l));
+    }
+}
+
 /* The rules of docs/numerics.md again, with sorting by rank instead of repeated selection. */
-static void reference(const moe4_router_options *o, const float *bias, const float *logits, int32_t *ids, double *weights) {
-    double score[512], choice[512], sum = 0;
+static void reference(const moe4_router_options *o, const float *bias, const float *logits, int32_t token_id, int32_t *ids,
+                      double *weights) {
+    double score[512], choice[512];
     bool allowed[512], group_allowed[512];
     size_t E = o->n_experts, n_group = o->n_group ? o->n_group : 1, size = E / n_group;
-    for (size_t e = 0; e < E; e++) sum += exp((double)logits[e]);
     for (size_t e = 0; e < E; e++) {
-        score[e] = o->kind == MOE4_ROUTER_SOFTMAX_TOPK ? exp((double)logits[e]) / sum : 1 / (1 + exp(-(double)logits[e]));
-        choice[e] = score[e] + (bias ? bias[e] : 0);
+        score[e] = score_of(o, logits, bias, e);
+        choice[e] = score[e] + (o->kind == MOE4_ROUTER_TOPK_SOFTMAX ? 0 : bias[e]);
         allowed[e] = group_allowed[e] = true;
     }
     if (o->topk_group && o->topk_group < n_group) {
@@ -48,9 +65,12 @@ static void reference(const moe4_router_options *o, const float *bias, const flo
         size_t rank = allowed[e] ? rank_of(choice, allowed, E, e) : E;
         if (rank < o->top_k) ids[rank] = (int32_t)e;
     }
-    sum = o->kind == MOE4_ROUTER_SIGMOID_BIAS ? 1e-20 : 0;
-    for (size_t j = 0; j < o->top_k; j++) sum += score[ids[j]];
-    for (size_t j = 0; j < o->top_k; j++) weights[j] = score[ids[j]] / (o->normalize ? sum : 1) * (o->scale == 0 ? 1 : o->scale);
+    for (size_t j = 0; j < o->top_k && o->kind == MOE4_ROUTER_HASH; j++)
+        ids[j] = ((const int32_t *)o->table)[(size_t)token_id * o->top_k + j];
+    double sum = o->kind == MOE4_ROUTER_SIGMOID_BIAS ? 1e-20 : 0;
+    bool soft = o->kind == MOE4_ROUTER_TOPK_SOFTMAX;
+    for (size_t j = 0; j < o->top_k; j++) sum += weights[j] = soft ? exp(score[ids[j]]) : score[ids[j]];
+    for (size_t j = 0; j < o->top_k; j++) weights[j] = weights[j] / (o->normalize || soft ? sum : 1) * (o->scale == 0 ? 1 : o->scale);
 }
 
 static void test_select(void **state) {
@@ -59,32 +79,46 @@ static void test_select(void **state) {
         moe4_router_kind kind;
         size_t E, k, n_group, topk_group;
         int normalize;
-        float scale;
+        float scale, gate_temp;
     } cases[] = {
-        {MOE4_ROUTER_SOFTMAX_TOPK, 8, 2, 0, 0, 1, 0},     {MOE4_ROUTER_SOFTMAX_TOPK, 128, 8, 0, 0, 0, 0},
-        {MOE4_ROUTER_SIGMOID_BIAS, 256, 8, 8, 4, 1, 2.5}, {MOE4_ROUTER_SIGMOID_BIAS, 384, 8, 1, 1, 1, 2.827f},
-        {MOE4_ROUTER_SIGMOID_BIAS, 32, 6, 32, 7, 0, 1},   {MOE4_ROUTER_SIGMOID_BIAS, 12, 4, 4, 2, 1, 1},
-        {MOE4_ROUTER_SIGMOID_BIAS, 5, 5, 1, 1, 1, 1},     {MOE4_ROUTER_SOFTMAX_TOPK, 1, 1, 0, 0, 1, 0},
+        {MOE4_ROUTER_SOFTMAX_TOPK, 8, 2, 0, 0, 1, 0, 0},          {MOE4_ROUTER_SOFTMAX_TOPK, 128, 8, 0, 0, 0, 0, 0},
+        {MOE4_ROUTER_SIGMOID_BIAS, 256, 8, 8, 4, 1, 2.5f, 0},     {MOE4_ROUTER_SIGMOID_BIAS, 384, 8, 1, 1, 1, 2.827f, 0},
+        {MOE4_ROUTER_SIGMOID_BIAS, 32, 6, 32, 7, 0, 1, 0},        {MOE4_ROUTER_SIGMOID_BIAS, 12, 4, 4, 2, 1, 1, 0},
+        {MOE4_ROUTER_SIGMOID_BIAS, 5, 5, 1, 1, 1, 1, 0},          {MOE4_ROUTER_SOFTMAX_TOPK, 1, 1, 0, 0, 1, 0, 0},
+        {MOE4_ROUTER_TOPK_SOFTMAX, 32, 4, 0, 0, 0, 0, 0},         {MOE4_ROUTER_SQRTSOFTPLUS_BIAS, 384, 6, 0, 0, 1, 2.5f, 0},
+        {MOE4_ROUTER_SQRTSOFTPLUS_BIAS, 16, 3, 0, 0, 0, 1, 0.1f}, {MOE4_ROUTER_HASH, 64, 6, 0, 0, 1, 1.5f, 2},
+        {MOE4_ROUTER_SIGMOID_TOP1, 16, 1, 0, 0, 0, 0, 0},
     };
     moe4_ctx *ctx = make_ctx(2);
-    enum { N = 200 };
+    enum { N = 200, N_TOKEN_IDS = 50 };
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         moe4_router_options o = options(cases[c].kind, cases[c].E, cases[c].k);
         o.n_group = cases[c].n_group;
         o.topk_group = cases[c].topk_group;
         o.normalize = cases[c].normalize;
         o.scale = cases[c].scale;
-        float *logits = malloc(N * o.n_experts * sizeof *logits), bias[512];
-        for (size_t i = 0; i < N * o.n_experts; i++) logits[i] = 2 * ref_normal();
-        for (size_t e = 0; e < 512; e++) bias[e] = o.kind == MOE4_ROUTER_SIGMOID_BIAS ? 0.3f * ref_normal() : 0;
+        o.gate_temp = cases[c].gate_temp;
+        float *logits = malloc(N * o.n_experts * sizeof *logits), bias[512] = {0}, alt[512] = {0};
+        int32_t table[N_TOKEN_IDS * 8], token_ids[N];
+        uint8_t use_alt[N];
+        bool biased = o.kind == MOE4_ROUTER_SIGMOID_BIAS || o.kind == MOE4_ROUTER_TOPK_SOFTMAX || o.kind == MOE4_ROUTER_SQRTSOFTPLUS_BIAS;
+        for (size_t i = 0; i < N * o.n_experts; i++) logits[i] = 2 * ref_normal() + (i % 50 == 0 ? 25 : 0);
+        for (size_t e = 0; e < 512 && biased; e++) bias[e] = 0.3f * ref_normal(), alt[e] = 0.3f * ref_normal();
+        for (size_t i = 0; i < N_TOKEN_IDS * o.top_k; i++) table[i] = (int32_t)((i / o.top_k * 7 + i % o.top_k * 5) % o.n_experts);
+        for (size_t t = 0; t < N; t++) token_ids[t] = (int32_t)(ref_random() % N_TOKEN_IDS), use_alt[t] = (uint8_t)(ref_random() % 2);
+        if (o.kind == MOE4_ROUTER_HASH) o.table = table, o.n_token_ids = N_TOKEN_IDS;
+        if (biased) o.alt_bias = alt;
+        moe4_router_tokens tokens = MOE4_ROUTER_TOKENS_INIT;
+        tokens.token_ids = token_ids;
+        if (biased) tokens.alt_bias = use_alt;
         moe4_router *r;
-        OK(ctx, moe4_router_create(&r, ctx, NULL, bias, &o));
+        OK(ctx, moe4_router_create(&r, ctx, NULL, biased ? bias : NULL, &o));
         int32_t ids[N * 8], want_ids[8];
         float weights[N * 8];
         double want[8];
-        OK(ctx, moe4_router_select(r, ids, weights, logits, N, NULL));
+        OK(ctx, moe4_router_select(r, ids, weights, logits, &tokens, N, NULL));
         for (size_t t = 0; t < N; t++) {
-            reference(&o, bias, logits + t * o.n_experts, want_ids, want);
+            reference(&o, biased && use_alt[t] ? alt : bias, logits + t * o.n_experts, token_ids[t], want_ids, want);
             for (size_t j = 0; j < o.top_k; j++) {
                 assert_int_equal(ids[t * o.top_k + j], want_ids[j]);
                 assert_float_equal(weights[t * o.top_k + j], want[j], 1e-6 + 1e-5 * want[j]);
@@ -96,10 +130,51 @@ static void test_select(void **state) {
     moe4_ctx_destroy(ctx);
 }
 
+static void test_hash_tables(void **state) {
+    (void)state;
+    moe4_ctx *ctx = make_ctx(1);
+    int32_t table[] = {0, 1, 2, 3, 3, 0}, token_id = 3;
+    int64_t wide[] = {0, 1, 2, 3, 3, 0};
+    const float logits[4] = {1, 2, 3, 4};
+    int32_t ids[2];
+    float weights[2];
+    moe4_router_options o = options(MOE4_ROUTER_HASH, 4, 2);
+    moe4_router_tokens tokens = MOE4_ROUTER_TOKENS_INIT;
+    moe4_router *r;
+    o.n_token_ids = 3;
+    for (int i64 = 0; i64 < 2; i64++) {
+        o.table = i64 ? (void *)wide : table;
+        o.table_dtype = i64 ? MOE4_I64 : MOE4_I32;
+        OK(ctx, moe4_router_create(&r, ctx, NULL, NULL, &o));
+        token_id = 2;
+        tokens.token_ids = &token_id;
+        OK(ctx, moe4_router_select(r, ids, weights, logits, &tokens, 1, NULL));
+        assert_true(ids[0] == 3 && ids[1] == 0);
+        for (int bad = -1; bad <= 3; bad += 4) {
+            token_id = bad;
+            assert_int_equal(moe4_router_select(r, ids, weights, logits, &tokens, 1, NULL), MOE4_ERROR_ARGUMENT);
+            assert_non_null(
+                strstr(moe4_ctx_error(ctx), bad < 0 ? "token 0: id -1, the hash table has 3" : "token 0: id 3, the hash table has 3"));
+        }
+        assert_int_equal(moe4_router_select(r, ids, weights, logits, NULL, 1, NULL), MOE4_ERROR_ARGUMENT);
+        assert_non_null(strstr(moe4_ctx_error(ctx), "token_ids"));
+        moe4_router_destroy(r);
+    }
+    o.table = table;
+    o.table_dtype = MOE4_I32;
+    table[4] = 4;
+    assert_int_equal(moe4_router_create(&r, ctx, NULL, NULL, &o), MOE4_ERROR_FORMAT);
+    assert_non_null(strstr(moe4_ctx_error(ctx), "token id 2 has expert 4 of 4"));
+    table[4] = 0;
+    assert_int_equal(moe4_router_create(&r, ctx, NULL, NULL, &o), MOE4_ERROR_FORMAT);
+    assert_non_null(strstr(moe4_ctx_error(ctx), "token id 2 has expert 0 twice"));
+    moe4_ctx_destroy(ctx);
+}
+
 static void test_ties_and_extremes(void **state) {
     (void)state;
     moe4_ctx *ctx = make_ctx(1);
-    for (int kind = MOE4_ROUTER_SOFTMAX_TOPK; kind <= MOE4_ROUTER_SIGMOID_BIAS; kind++) {
+    for (int kind = MOE4_ROUTER_SOFTMAX_TOPK; kind <= MOE4_ROUTER_SQRTSOFTPLUS_BIAS; kind++) {
         moe4_router_options o = options((moe4_router_kind)kind, 6, 3);
         o.normalize = 1;
         moe4_router *r;
@@ -110,7 +185,7 @@ static void test_ties_and_extremes(void **state) {
                                     {0, NAN, 0, 0, 0, 0}};
         int32_t ids[12];
         float w[12];
-        OK(ctx, moe4_router_select(r, ids, w, logits[0], 4, NULL));
+        OK(ctx, moe4_router_select(r, ids, w, logits[0], NULL, 4, NULL));
         static const int32_t want[] = {1, 2, 4, 0, 1, 2};
         assert_memory_equal(ids, want, sizeof want);
         assert_int_equal(ids[6], 0);
@@ -148,17 +223,17 @@ static void test_forward(void **state) {
         ws.data = aligned_alloc(64, ws.bytes);
         int32_t ids[T * K], want_ids[T * K], one_ids[K];
         float w[T * K], want[T * K], one[K];
-        OK(ctx, moe4_router_forward(r, ids, w, x, T, &ws, NULL));
-        OK(ctx, moe4_router_select(r, want_ids, want, logits, T, NULL));
+        OK(ctx, moe4_router_forward(r, ids, w, x, NULL, T, &ws, NULL));
+        OK(ctx, moe4_router_select(r, want_ids, want, logits, NULL, T, NULL));
         assert_memory_equal(ids, want_ids, sizeof ids);
         for (size_t i = 0; i < T * K; i++) assert_float_equal(w[i], want[i], 1e-5);
         for (size_t t = 0; t < T; t += 5) {
-            OK(single, moe4_router_forward(r1, one_ids, one, x + t * H, 1, &ws, NULL));
+            OK(single, moe4_router_forward(r1, one_ids, one, x + t * H, NULL, 1, &ws, NULL));
             assert_memory_equal(one_ids, ids + t * K, sizeof one_ids);
             assert_memory_equal(one, w + t * K, sizeof one);
         }
         x[7] = INFINITY;
-        OK(ctx, moe4_router_forward(r, ids, w, x, T, &ws, NULL));
+        OK(ctx, moe4_router_forward(r, ids, w, x, NULL, T, &ws, NULL));
         assert_true(isnan(w[0]) && ids[0] == 0 && ids[K - 1] == K - 1);
         assert_memory_equal(ids + K, want_ids + K, sizeof ids - K * sizeof *ids);
         free(ws.data);
@@ -200,14 +275,20 @@ static void test_errors(void **state) {
     o.topk_group = 1;
     assert_int_equal(moe4_router_create(&r, ctx, &gate, NULL, &o), MOE4_ERROR_ARGUMENT); /* one group of one expert for top 2 */
     BAD(scale, INFINITY, "scale");
+    BAD(gate_temp, 2, "gate_temp: 2");
+    BAD(kind, MOE4_ROUTER_HASH, "only HASH has one");
+    BAD(kind, MOE4_ROUTER_SIGMOID_TOP1, "2, SIGMOID_TOP1 chooses 1");
+    good.kind = MOE4_ROUTER_SOFTMAX_TOPK;
+    BAD(alt_bias, bias, "take none");
+    good.kind = MOE4_ROUTER_SIGMOID_BIAS;
     BAD(x_dtype, MOE4_I8, "x_dtype");
     assert_int_equal(moe4_router_create(&r, ctx, &gate, bias, &good), MOE4_ERROR_FORMAT);
     assert_non_null(strstr(moe4_ctx_error(ctx), "bias [3]"));
     OK(ctx, moe4_router_create(&r, ctx, NULL, NULL, &good));
     size_t bytes;
     assert_int_equal(moe4_router_workspace_bytes(r, &bytes, 1), MOE4_ERROR_ARGUMENT); /* no gate weights */
-    assert_int_equal(moe4_router_select(r, NULL, NULL, NULL, 1, NULL), MOE4_ERROR_ARGUMENT);
-    OK(ctx, moe4_router_select(r, NULL, NULL, NULL, 0, NULL));
+    assert_int_equal(moe4_router_select(r, NULL, NULL, NULL, NULL, 1, NULL), MOE4_ERROR_ARGUMENT);
+    OK(ctx, moe4_router_select(r, NULL, NULL, NULL, NULL, 0, NULL));
     moe4_router_destroy(r);
     ref_free_weight(&gate);
     moe4_ctx_destroy(ctx);
@@ -215,10 +296,8 @@ static void test_errors(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_select),
-        cmocka_unit_test(test_ties_and_extremes),
-        cmocka_unit_test(test_forward),
-        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_select),  cmocka_unit_test(test_hash_tables), cmocka_unit_test(test_ties_and_extremes),
+        cmocka_unit_test(test_forward), cmocka_unit_test(test_errors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

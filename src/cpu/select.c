@@ -6,11 +6,8 @@
 #include "rows.h"
 
 struct run {
-    const moe4_router *r;
-    int32_t *ids;
-    float *weights;
-    const float *logits;
-    size_t n_tokens, n_tasks;
+    const struct moe4_select_call *c;
+    size_t n_tasks;
 };
 
 static void softmax(float *p, const float *logits, size_t n) {
@@ -50,9 +47,54 @@ static void limit_groups(float *choice, const moe4_router_options *o) {
         for (size_t i = 0; score[g] != -INFINITY && i < size; i++) choice[g * size + i] = -INFINITY;
 }
 
-static void select_token(const moe4_router *r, int32_t *ids, float *weights, const float *logits) {
+/* score[E] weighs, choice[E] chooses. */
+static void scores(const moe4_router *r, float *score, float *choice, const float *logits, const float *bias) {
     const moe4_router_options *o = &r->o;
-    float score[MOE4_MAX_EXPERTS], choice[MOE4_MAX_EXPERTS], sum = 0;
+    if (o->kind == MOE4_ROUTER_SOFTMAX_TOPK) softmax(score, logits, o->n_experts);
+    for (size_t e = 0; e < o->n_experts; e++) {
+        float l = logits[e];
+        switch (o->kind) {
+        case MOE4_ROUTER_NONE:
+        case MOE4_ROUTER_SOFTMAX_TOPK: choice[e] = score[e]; break;
+        case MOE4_ROUTER_TOPK_SOFTMAX: choice[e] = score[e] = l + bias[e]; break;
+        case MOE4_ROUTER_SIGMOID_BIAS:
+            score[e] = 1 / (1 + expf(-l));
+            choice[e] = score[e] + bias[e];
+            break;
+        case MOE4_ROUTER_SIGMOID_TOP1:
+            score[e] = 1 / (1 + expf(-l));
+            choice[e] = l; /* sigmoids of large logits tie */
+            break;
+        case MOE4_ROUTER_SQRTSOFTPLUS_BIAS:
+        case MOE4_ROUTER_HASH:
+            l /= o->gate_temp;
+            score[e] = sqrtf(l > 20 ? l : log1pf(expf(l)));
+            choice[e] = score[e] + bias[e];
+            break;
+        }
+    }
+}
+
+static size_t table_expert(const moe4_router_options *o, int32_t token_id, size_t j) {
+    size_t i = (size_t)token_id * o->top_k + j;
+    return (size_t)(o->table_dtype == MOE4_I64 ? ((const int64_t *)o->table)[i] : ((const int32_t *)o->table)[i]);
+}
+
+static void weigh(float *weights, const moe4_router_options *o) {
+    float sum = o->kind == MOE4_ROUTER_SIGMOID_BIAS ? 1e-20f : 0;
+    if (o->kind == MOE4_ROUTER_TOPK_SOFTMAX) softmax(weights, weights, o->top_k);
+    for (size_t j = 0; j < o->top_k; j++) sum += weights[j];
+    bool divide = o->normalize && sum > 0 && o->kind != MOE4_ROUTER_TOPK_SOFTMAX;
+    for (size_t j = 0; j < o->top_k; j++) weights[j] = (divide ? weights[j] / sum : weights[j]) * o->scale;
+}
+
+static void select_token(const struct moe4_select_call *c, size_t t) {
+    const moe4_router *r = c->router;
+    const moe4_router_options *o = &r->o;
+    const float *logits = c->logits + t * o->n_experts;
+    int32_t *ids = c->topk_ids + t * o->top_k;
+    float *weights = c->topk_weights + t * o->top_k;
+    float score[MOE4_MAX_EXPERTS], choice[MOE4_MAX_EXPERTS];
     bool finite = true;
     for (size_t e = 0; e < o->n_experts; e++) finite &= isfinite(logits[e]) != 0;
     if (!finite) { /* experts must run for the row to come out NaN */
@@ -62,34 +104,25 @@ static void select_token(const moe4_router *r, int32_t *ids, float *weights, con
         }
         return;
     }
-    if (o->kind == MOE4_ROUTER_SOFTMAX_TOPK) {
-        softmax(score, logits, o->n_experts);
-    } else {
-        for (size_t e = 0; e < o->n_experts; e++) score[e] = 1 / (1 + expf(-logits[e]));
-    }
-    for (size_t e = 0; e < o->n_experts; e++) choice[e] = score[e] + r->bias[e]; /* the bias chooses, it never weighs */
+    scores(r, score, choice, logits, c->alt_bias && c->alt_bias[t] ? r->alt_bias : r->bias);
     if (o->topk_group < o->n_group) limit_groups(choice, o);
     for (size_t j = 0; j < o->top_k; j++) {
-        size_t e = best(choice, o->n_experts);
+        size_t e = o->kind == MOE4_ROUTER_HASH ? table_expert(o, c->token_ids[t], j) : best(choice, o->n_experts);
         choice[e] = -INFINITY;
         ids[j] = (int32_t)e;
-        sum += weights[j] = score[e];
+        weights[j] = score[e];
     }
-    if (o->kind == MOE4_ROUTER_SIGMOID_BIAS) sum += 1e-20f;
-    for (size_t j = 0; j < o->top_k; j++) weights[j] = (o->normalize ? weights[j] / sum : weights[j]) * o->scale;
+    weigh(weights, o);
 }
 
 static void select_task(void *arg, size_t task) {
     const struct run *s = arg;
-    size_t k = s->r->o.top_k, E = s->r->o.n_experts;
-    for (size_t t = s->n_tokens * task / s->n_tasks; t < s->n_tokens * (task + 1) / s->n_tasks; t++)
-        select_token(s->r, s->ids + t * k, s->weights + t * k, s->logits + t * E);
+    size_t n = s->c->n_tokens;
+    for (size_t t = n * task / s->n_tasks; t < n * (task + 1) / s->n_tasks; t++) select_token(s->c, t);
 }
 
-moe4_status moe4_cpu_select(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
-                            void *stream) {
-    (void)stream;
-    struct run s = {r, topk_ids, topk_weights, logits, n_tokens, moe4_row_tasks(r->ctx)};
-    moe4_run(r->ctx, s.n_tasks, 10. * (double)n_tokens * (double)r->o.n_experts, select_task, &s);
+moe4_status moe4_cpu_select(const struct moe4_select_call *c) {
+    struct run s = {c, moe4_row_tasks(c->router->ctx)};
+    moe4_run(c->router->ctx, s.n_tasks, 10. * (double)c->n_tokens * (double)c->router->o.n_experts, select_task, &s);
     return MOE4_OK;
 }

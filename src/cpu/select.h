@@ -4,7 +4,6 @@
 #include "../backend.h"
 
 /* topk_ids, topk_weights [T,k] from logits [T,E]. */
-moe4_status moe4_cpu_select(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits, size_t n_tokens,
-                            void *stream);
+moe4_status moe4_cpu_select(const struct moe4_select_call *call);
 
 #endif
