@@ -40,7 +40,8 @@
 #define MADDUBS(i, t, w) "vpbroadcastd " #i "(%0), %%ymm" #t "\n vpmaddubsw %%ymm" #t ", %%ymm" #w ", %%ymm" #t "\n"
 #define AVX2_W4A4(a)                                                                            \
     MADDUBS(0, 4, 12)                                                                           \
-    MADDUBS(4, 5, 13) "vpaddw %%ymm5, %%ymm4, %%ymm4\n" MADDUBS(8, 6, 14)                       \
+    MADDUBS(4, 5, 13)                                                                           \
+    "vpaddw %%ymm5, %%ymm4, %%ymm4\n" MADDUBS(8, 6, 14)                                         \
         MADDUBS(12, 7, 15) "vpaddw %%ymm7, %%ymm6, %%ymm6\n"                                    \
                            "vpaddw %%ymm6, %%ymm4, %%ymm4\n vpmaddwd %%ymm11, %%ymm4, %%ymm4\n" \
                            "vcvtdq2ps %%ymm4, %%ymm4\n vbroadcastss 16(%0), %%ymm8\n"           \

@@ -75,10 +75,7 @@ void moe4_struct_write(void *dst, const void *src, size_t src_bytes) {
 static const struct {
     const char *name;
     uint32_t bit;
-} isas[] = {{"scalar", MOE4_ISA_SCALAR},
-            {"avx2", MOE4_ISA_AVX2},
-            {"avx512vnni", MOE4_ISA_AVX512VNNI},
-            {"avx512bf16", MOE4_ISA_AVX512BF16}};
+} isas[] = {{"scalar", MOE4_ISA_SCALAR}, {"avx2", MOE4_ISA_AVX2}, {"avx512vnni", MOE4_ISA_AVX512VNNI}, {"avx512bf16", MOE4_ISA_AVX512BF16}};
 enum { N_ISAS = sizeof isas / sizeof *isas };
 
 uint32_t moe4_isa_mask(const char *name) {
