@@ -11,6 +11,7 @@ static const struct cli_command commands[] = {
     {"run", "run one layer on stored activations", cmd_run},
     {"eval", "measure a model's bits per byte on a text", cmd_eval},
     {"generate", "continue a text with a model", cmd_generate},
+    {"bench", "time a layer beside what the machine can do", cmd_bench},
     {NULL, NULL, NULL},
 };
 

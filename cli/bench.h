@@ -1,0 +1,45 @@
+/* Timing a synthetic layer beside what the machine can do at most: read memory, run a product's inner step. */
+#ifndef MOE4_CLI_BENCH_H
+#define MOE4_CLI_BENCH_H
+
+#include "cli.h"
+
+struct bench_shape {
+    const char *name;
+    size_t hidden, intermediate, n_experts, top_k;
+};
+
+/* What is timed of a forward; all but the layer come from its report. */
+enum bench_what { BENCH_LAYER, BENCH_PRODUCTS, BENCH_GATE_UP, BENCH_DOWN, BENCH_DISPATCH, BENCH_QUANTIZE, BENCH_COMBINE, N_BENCH_WHATS };
+const char *bench_what_name(enum bench_what what);
+
+/* Medians over the samples of one token count; a floor needs no less time, so share <= 1 but for noise. */
+struct bench_figure {
+    double seconds, best_seconds;
+    double floor_seconds; /* max(bytes / read bandwidth, multiply-adds / ceiling); 0: this part has none */
+    double share;         /* floor / time, the median over samples */
+    bool by_memory;       /* which of the two the floor is */
+};
+
+struct bench_result {
+    size_t n_threads, n_tokens, n_samples;
+    double macs, bytes;              /* of the layer; bytes of the experts hit, the median */
+    double read_bytes, ceiling_macs; /* a second, medians; ceiling_macs 0: this ISA's step is not known */
+    struct bench_figure figure[N_BENCH_WHATS];
+};
+
+/* A layer of random weights, one context for each thread count. */
+struct bench;
+/* Errors are printed; returns an exit status. `pack_rates` [n_threads] gets bytes read and written a second by each create. */
+int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
+               const char *isa, double *pack_rates);
+void bench_close(struct bench *bench);
+/* The context's ISA ("avx2"), and the step that bounds its products or NULL. */
+const char *bench_isa(const struct bench *bench);
+const char *bench_step(const struct bench *bench);
+moe4_act bench_act(const struct bench *bench);
+/* Samples all contexts in turn for about `seconds`; results [n_contexts]. With cpu_time, times are the process's CPU time over the
+ * number of threads: other processes disturb less, and waiting does not show; only the layer's figure means something then. */
+int bench_measure(struct bench *bench, struct bench_result *results, size_t n_tokens, double seconds, bool cpu_time);
+
+#endif

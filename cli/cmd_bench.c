@@ -1,0 +1,208 @@
+/* moe4 bench: a synthetic layer's speed, each figure beside the floor that the machine set in the same run. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench.h"
+
+static const struct bench_shape presets[] = {
+    {"v4-pro", 7168, 3072, 48, 6},
+    {"v4-flash", 4096, 2048, 32, 6},
+    {"qwen3-30b", 2048, 768, 128, 8},
+};
+enum { N_PRESETS = sizeof presets / sizeof *presets, MAX_LIST = 16 };
+
+struct args {
+    struct bench_shape shape;
+    moe4_act act;
+    size_t tokens[MAX_LIST], n_tokens, threads[MAX_LIST], n_threads;
+    double seconds;
+    const char *isa, *csv;
+    bool cpu_time, explain, json;
+};
+
+/* ---- options ---- */
+
+/* Numbers of at least 1 between commas; their count, or 0 when text is something else. */
+static size_t read_list(size_t list[MAX_LIST], const char *text) {
+    size_t n = 0;
+    for (const char *at = text; n < MAX_LIST; at++) {
+        char *end;
+        errno = 0;
+        if (*at < '0' || *at > '9') return 0;
+        const unsigned long long v = strtoull(at, &end, 10);
+        if (errno || v == 0 || v > 1u << 30) return 0;
+        list[n++] = (size_t)v;
+        if (*end == '\0') return n;
+        if (*end != ',') return 0;
+        at = end;
+    }
+    return 0;
+}
+
+static bool read_shape(struct bench_shape *shape, const char *text) {
+    size_t list[MAX_LIST];
+    for (int i = 0; i < N_PRESETS; i++)
+        if (strcmp(text, presets[i].name) == 0) {
+            *shape = presets[i];
+            return true;
+        }
+    if (read_list(list, text) != 4 || list[0] % MOE4_BLOCK || list[1] % MOE4_BLOCK || list[3] > list[2]) return false;
+    *shape = (struct bench_shape){text, list[0], list[1], list[2], list[3]};
+    return true;
+}
+
+static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
+    const char *shape = "v4-flash", *tokens = "1,8,64", *act = NULL, *threads = NULL;
+    a->seconds = 2;
+    const struct cli_option options[] = {
+        {"shape", CLI_TEXT, &shape, "NAME|H,I,E,K", "a preset, or hidden, intermediate, experts, experts a token (v4-flash)"},
+        {"tokens", CLI_TEXT, &tokens, "T,...", "batches to time (1,8,64)"},
+        {"act", CLI_TEXT, &act, "MODE", "w4a16, static, tensor or token (default)"},
+        {"threads", CLI_TEXT, &threads, "N,...", "thread counts, sampled in turn (all that this process may use)"},
+        {"isa", CLI_TEXT, &a->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"},
+        {"seconds", CLI_NUMBER, &a->seconds, "S", "time for each batch (2)"},
+        {"cpu-time", CLI_FLAG, &a->cpu_time, NULL,
+         "count the threads' CPU time, not the clock's, for a machine that others use; no stages"},
+        {"csv", CLI_TEXT, &a->csv, "FILE", "write every figure to FILE"},
+        {"explain", CLI_FLAG, &a->explain, NULL, "show every stage, and say what the columns mean"},
+        {"json", CLI_FLAG, &a->json, NULL, "print one JSON object instead of a table"},
+    };
+    const struct cli_usage usage = {
+        .synopsis = "[options]",
+        .about = "Times one mixture-of-experts layer with random weights. Each token picks its experts uniformly. The floor of a\n"
+                 "figure is the larger of two times measured in the same run: reading the weights of the experts that were\n"
+                 "hit at the machine's read bandwidth, and the products' multiply-adds at the rate of their inner step alone.\n"
+                 "Presets: v4-pro 7168,3072,48,6; v4-flash 4096,2048,32,6; qwen3-30b 2048,768,128,8.",
+        .options = options,
+        .n_options = sizeof options / sizeof *options,
+        .examples = "moe4 bench\n"
+                    "moe4 bench --shape 7168,3072,8,6 --tokens 1,4,16,256 --threads 1,2 --explain\n"
+                    "moe4 bench --shape qwen3-30b --tokens 64,256 --act w4a16 --csv qwen3.csv",
+    };
+    if (!cli_parse(argc, argv, &usage, NULL, 0, exit_ret)) return false;
+    *exit_ret = CLI_FINE;
+    a->n_tokens = read_list(a->tokens, tokens);
+    a->n_threads = threads ? read_list(a->threads, threads) : 1;
+    if (!read_shape(&a->shape, shape))
+        *exit_ret = cli_error(CLI_BAD_USAGE, "--shape", "\"%s\" is no preset, nor H,I,E,K with H and I multiples of %d and K <= E", shape,
+                              MOE4_BLOCK);
+    else if (a->n_tokens == 0)
+        *exit_ret = cli_error(CLI_BAD_USAGE, "--tokens", "\"%s\" is not a list of at most %d numbers above 0", tokens, MAX_LIST);
+    else if (a->n_threads == 0)
+        *exit_ret = cli_error(CLI_BAD_USAGE, "--threads", "\"%s\" is not a list of at most %d numbers above 0", threads, MAX_LIST);
+    else if (act && (moe4_act_from_name(&a->act, act) != MOE4_OK || a->act == MOE4_ACT_BF16))
+        *exit_ret = cli_error(CLI_BAD_USAGE, "--act", "\"%s\" is none of w4a16, static, tensor, token", act);
+    return *exit_ret == CLI_FINE;
+}
+
+/* ---- output ---- */
+
+struct output {
+    const struct args *args;
+    FILE *csv;
+    json_t *rows;
+    const char *isa, *step;
+    moe4_act act;
+};
+
+static void print_header(const struct output *o, const double *pack_rates) {
+    const struct args *a = o->args;
+    const struct bench_shape *s = &a->shape;
+    if (a->json) return;
+    printf("%s: hidden %zu, intermediate %zu, %zu experts, top %zu; %s on %s\n", s->name, s->hidden, s->intermediate, s->n_experts,
+           s->top_k, moe4_act_name(o->act), o->isa);
+    for (size_t i = 0; i < a->n_threads; i++)
+        printf("prepared at %.1f GB/s read and written%s", pack_rates[i] / 1e9, i + 1 < a->n_threads ? "; " : "\n");
+    printf("\n%6s %7s  %-9s %10s %10s %9s %8s %10s  %-10s %6s\n", "tokens", "threads", "what", "median ms", "best ms", "GMAC/s", "GB/s",
+           "floor ms", "bound by", "share");
+}
+
+static void print_explanation(const struct output *o) {
+    printf("\nmedian, best   over the samples of this run\n"
+           "GMAC/s, GB/s   useful multiply-adds, and weight bytes of the experts hit, by the median time\n"
+           "floor          max(bytes / read bandwidth, multiply-adds / ceiling), both medians of samples taken in turn\n"
+           "               with the layer; ceiling: %s\n"
+           "share          floor / time: 1.00 is what the machine can do\n",
+           o->step ? o->step : "not known for this ISA, so only memory counts");
+}
+
+static void put_figure(const struct output *o, const struct bench_result *r, int what) {
+    const struct args *a = o->args;
+    const struct bench_figure *f = &r->figure[what];
+    const bool product = f->floor_seconds > 0;
+    const double part = what == BENCH_GATE_UP ? 2. / 3 : what == BENCH_DOWN ? 1. / 3 : product ? 1 : 0;
+    const double macs = part * r->macs / f->seconds, bytes = part * r->bytes / f->seconds;
+    const char *bound = !product ? "" : f->by_memory ? "memory" : "arithmetic";
+    if (!a->json && (a->explain || what <= BENCH_PRODUCTS)) {
+        printf("%6zu %7zu  %-9s %10.4f %10.4f ", r->n_tokens, r->n_threads, bench_what_name((enum bench_what)what), f->seconds * 1e3,
+               f->best_seconds * 1e3);
+        if (product)
+            printf("%9.2f %8.2f %10.4f  %-10s %6.3f\n", macs / 1e9, bytes / 1e9, f->floor_seconds * 1e3, bound, f->share);
+        else
+            printf("\n");
+    }
+    if (o->csv)
+        fprintf(o->csv, "\"%s\",%zu,%zu,%zu,%zu,%s,%s,%zu,%zu,%s,%zu,%.9f,%.9f,%.3f,%.3f,%.9f,%s,%.4f,%.3f,%.3f\n", a->shape.name,
+                a->shape.hidden, a->shape.intermediate, a->shape.n_experts, a->shape.top_k, moe4_act_name(o->act), o->isa, r->n_threads,
+                r->n_tokens, bench_what_name((enum bench_what)what), r->n_samples, f->seconds, f->best_seconds, macs / 1e9, bytes / 1e9,
+                f->floor_seconds, bound, f->share, r->read_bytes / 1e9, r->ceiling_macs / 1e9);
+    if (o->rows)
+        json_array_append_new(o->rows, json_pack("{sI sI ss sI sf sf sf sf sf ss sf sf sf}", "tokens", (json_int_t)r->n_tokens, "threads",
+                                                 (json_int_t)r->n_threads, "what", bench_what_name((enum bench_what)what), "samples",
+                                                 (json_int_t)r->n_samples, "median_s", f->seconds, "best_s", f->best_seconds, "gmac_s",
+                                                 macs / 1e9, "gb_s", bytes / 1e9, "floor_s", f->floor_seconds, "bound", bound, "share",
+                                                 f->share, "read_gb_s", r->read_bytes / 1e9, "ceiling_gmac_s", r->ceiling_macs / 1e9));
+}
+
+static void put_result(const struct output *o, const struct bench_result *r) {
+    const int n_whats = o->args->cpu_time ? BENCH_LAYER + 1 : N_BENCH_WHATS;
+    for (int what = 0; what < n_whats; what++) put_figure(o, r, what);
+    if (!o->args->json && o->args->explain)
+        printf("%6s %7s  read %.2f GB/s, ceiling %.2f GMAC/s, %zu samples\n", "", "", r->read_bytes / 1e9, r->ceiling_macs / 1e9,
+               r->n_samples);
+    if (!o->args->json) fflush(stdout);
+}
+
+static int run(const struct args *a, struct bench *b, struct output *o) {
+    struct bench_result results[MAX_LIST];
+    for (size_t i = 0; i < a->n_tokens; i++) {
+        int exit_status = bench_measure(b, results, a->tokens[i], a->seconds, a->cpu_time);
+        if (exit_status != CLI_FINE) return exit_status;
+        for (size_t j = 0; j < a->n_threads; j++) put_result(o, &results[j]);
+    }
+    if (a->explain && !a->json) print_explanation(o);
+    return CLI_FINE;
+}
+
+int cmd_bench(int argc, char **argv) {
+    struct args args = {.n_threads = 0};
+    struct output o = {.args = &args};
+    struct bench *bench = NULL;
+    double pack_rates[MAX_LIST];
+    int exit_status;
+    if (!read_args(&args, argc, argv, &exit_status)) return exit_status;
+    exit_status = bench_open(&bench, &args.shape, args.act, args.threads, args.n_threads, args.isa, pack_rates);
+    if (exit_status == CLI_FINE && args.csv && !(o.csv = fopen(args.csv, "w")))
+        exit_status = cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
+    if (exit_status == CLI_FINE) {
+        o.isa = bench_isa(bench);
+        o.step = bench_step(bench);
+        o.act = bench_act(bench);
+        if (args.json) o.rows = json_array();
+        if (o.csv)
+            fprintf(o.csv, "shape,hidden,intermediate,experts,top_k,act,isa,threads,tokens,what,samples,median_s,best_s,gmac_s,gb_s,"
+                           "floor_s,bound,share,read_gb_s,ceiling_gmac_s\n");
+        print_header(&o, pack_rates);
+        exit_status = run(&args, bench, &o);
+    }
+    if (o.csv && fclose(o.csv) != 0 && exit_status == CLI_FINE) exit_status = cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
+    if (exit_status == CLI_FINE && args.json)
+        exit_status = cli_print_json(json_pack("{ss ss ss ss* so}", "shape", args.shape.name, "act", moe4_act_name(o.act), "isa", o.isa,
+                                               "step", o.step, "figures", o.rows));
+    else
+        json_decref(o.rows);
+    bench_close(bench);
+    return exit_status;
+}
