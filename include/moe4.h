@@ -326,7 +326,8 @@ MOE4_API moe4_status moe4_checkpoint_weight(const moe4_checkpoint *ckpt, moe4_we
 /* The same for an expert's projection, shapes checked against config.json. */
 MOE4_API moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert,
                                             moe4_proj proj);
-/* The router of a layer: gate [E,H] and bias [E] F32 or NULL (n_experts elements, data as stored). */
+/* The router of a layer: gate [E,H]; and its bias [E] as stored, F32 (or BF16 or F16, where an export has cut it), data NULL where the
+ * family has none. Either may be NULL. Errors: ARGUMENT (a dense layer), NOT_FOUND, FORMAT, UNSUPPORTED. */
 MOE4_API moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer);
 
 /* Called for every problem: the tensor or file concerned, and a sentence. */

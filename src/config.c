@@ -115,7 +115,7 @@ static void read_family(const struct reader *r) {
           model_type ? model_type : "", c->architecture, known);
 }
 
-enum { MAX_SIZE = 1 << 24, MAX_LAYERS = 10000, MAX_EXPERTS = 65536 };
+enum { MAX_SIZE = 1 << 24, MAX_LAYERS = 10000, MAX_EXPERTS = 65536, MAX_ALL_EXPERTS = 1 << 20 };
 
 static void read_moe(const struct reader *r) {
     struct moe4_config *c = r->config;
@@ -124,6 +124,8 @@ static void read_moe(const struct reader *r) {
     const char *newer = "num_local_experts"; /* what transformers 5 calls every family's number when it writes one */
     const char *key = !value_of(r, f->key_n_experts) && value_of(r, newer) ? newer : f->key_n_experts;
     size_t n_experts = dim[MOE4_DIM_N_EXPERTS] = read_size(r, key, 1, MAX_EXPERTS, REQUIRED);
+    size_t again = read_size(r, newer, 1, MAX_EXPERTS, (long long)n_experts);
+    if (again != n_experts) wrong(r, MOE4_ERROR_FORMAT, "config.json: %s is %zu, but %s is %zu", key, n_experts, newer, again);
     size_t k = dim[MOE4_DIM_TOP_K] = read_size(r, "num_experts_per_tok", 1, n_experts, REQUIRED);
     dim[MOE4_DIM_EXPERT] = read_size(r, "moe_intermediate_size", 1, MAX_SIZE, REQUIRED);
     if (f->shared) dim[MOE4_DIM_N_SHARED] = read_size(r, "n_shared_experts", 0, 64, 0);
@@ -174,6 +176,10 @@ static moe4_status read_layers(const moe4_ctx *ctx, const struct reader *r) {
                 wrong(r, MOE4_ERROR_FORMAT, "config.json: mlp_only_layers[%zu] is no layer from 0 to %zu", i, n ? n - 1 : 0);
         }
     }
+    size_t experts = n * c->dim[MOE4_DIM_N_EXPERTS];
+    if (experts > MAX_ALL_EXPERTS)
+        wrong(r, MOE4_ERROR_FORMAT, "config.json: %zu layers of %zu experts, at most %d together", n, c->dim[MOE4_DIM_N_EXPERTS],
+              MAX_ALL_EXPERTS);
     for (size_t i = 0; i < n; i++) n_dense += !c->is_moe[i];
     if (n_dense) c->dim[MOE4_DIM_DENSE] = read_size(r, "intermediate_size", 1, MAX_SIZE, REQUIRED);
     return MOE4_OK;

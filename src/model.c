@@ -112,10 +112,10 @@ moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gat
         moe4_family_name(name, sizeof name, f->router_bias, layer, 0, "");
         const moe4_tensor *t = moe4_checkpoint_lookup(ckpt, name);
         MOE4_CHECK(ctx, t, MOE4_ERROR_NOT_FOUND, "%s: no tensor of this name", name);
-        MOE4_CHECK(ctx, t->dtype == MOE4_F32, MOE4_ERROR_UNSUPPORTED, "unsupported: %s: dtype %s (moe4 reads F32)", name,
-                   moe4_dtype_name(t->dtype));
+        MOE4_CHECK(ctx, t->dtype == MOE4_F32 || t->dtype == MOE4_BF16 || t->dtype == MOE4_F16, MOE4_ERROR_UNSUPPORTED,
+                   "unsupported: %s: dtype %s (moe4 reads F32, BF16 and F16)", name, moe4_dtype_name(t->dtype));
         MOE4_CHECK(ctx, t->n_dims == 1 && t->shape[0] == n_experts, MOE4_ERROR_FORMAT, "%s: %zu elements in %zu dimensions, need %zu in 1",
-                   name, t->bytes / sizeof(float), t->n_dims, n_experts);
+                   name, t->bytes / moe4_dtype_bytes(t->dtype), t->n_dims, n_experts);
         bias = *t;
     }
     if (gate_ret) *gate_ret = gate;

@@ -230,6 +230,10 @@ static void test_bad_configs(void **state) {
         {"{\"model_type\":\"glm4_moe\",\"hidden_size\":9223372036854775807}", MOE4_ERROR_FORMAT, "hidden_size is 9223372036854775807"},
         {"{\"model_type\":\"glm4_moe\",\"hidden_size\":64.0}", MOE4_ERROR_FORMAT, "hidden_size is not a whole number"},
         {"{\"model_type\":\"glm4_moe\",\"hidden_size\":\"64\"}", MOE4_ERROR_FORMAT, "hidden_size is not a whole number"},
+        {"{\"model_type\":\"qwen3_moe\",\"hidden_size\":64,\"vocab_size\":9,\"num_hidden_layers\":1001,\"num_experts\":1048,"
+         "\"num_experts_per_tok\":4,\"moe_intermediate_size\":32,\"norm_topk_prob\":true}",
+         MOE4_ERROR_FORMAT, "1001 layers of 1048 experts, at most 1048576"},
+        {"{" GLM "\"num_local_experts\":17}", MOE4_ERROR_FORMAT, "n_routed_experts is 16, but num_local_experts is 17"},
         {"{" GLM "\"n_group\":0}", MOE4_ERROR_FORMAT, "n_group is 0"},
         {"{" GLM "\"n_group\":3}", MOE4_ERROR_FORMAT, "16 experts cannot be split into n_group 3"},
         {"{" GLM "\"n_group\":16,\"topk_group\":4}", MOE4_ERROR_FORMAT, "groups of 1 expert"},
@@ -502,6 +506,43 @@ static void test_experts(void **state) {
     free(config);
 }
 
+static void test_routers(void **state) {
+    (void)state;
+    static const struct {
+        const char *what, *entries;
+        moe4_status status;
+        const char *words;
+    } cases[] = {
+#define GATE "\"model.layers.1.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[16,64],\"data_offsets\":[0,2048]}"
+#define BIAS(dtype, n, end) \
+    ",\"model.layers.1.mlp.gate.e_score_correction_bias\":{\"dtype\":\"" dtype "\",\"shape\":[" #n "],\"data_offsets\":[2048," #end "]}"
+        {"F32", GATE BIAS("F32", 16, 2112), MOE4_OK, ""},
+        {"BF16", GATE BIAS("BF16", 16, 2080), MOE4_OK, ""},
+        {"U8", GATE BIAS("U8", 16, 2064), MOE4_ERROR_UNSUPPORTED, "e_score_correction_bias: dtype U8"},
+        {"too short", GATE BIAS("F32", 15, 2108), MOE4_ERROR_FORMAT, "15 elements in 1 dimensions, need 16"},
+        {"no bias", GATE, MOE4_ERROR_NOT_FOUND, "model.layers.1.mlp.gate.e_score_correction_bias: no tensor"},
+        {"gate of another size", "\"model.layers.1.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[64,16],\"data_offsets\":[0,2048]}",
+         MOE4_ERROR_FORMAT, "model.layers.1.mlp.gate.weight: 64x16, need 16x64"},
+        {"no gate", "", MOE4_ERROR_NOT_FOUND, "model.layers.1.mlp.gate: no weight"},
+    };
+    files_text("config.json", "{" GLM "\"n_group\":1}");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char header[512];
+        const char *end = strrchr(cases[i].entries, ',');
+        snprintf(header, sizeof header, "{%s}", cases[i].entries);
+        files_safetensors("model.safetensors", header, NULL, end ? strtoul(end + 1, NULL, 10) : 0);
+        moe4_checkpoint *ckpt;
+        moe4_weight gate;
+        moe4_tensor bias = {0};
+        assert_int_equal(moe4_checkpoint_open(&ckpt, ctx, files_path("")), MOE4_OK);
+        assert_int_equal(moe4_checkpoint_router(ckpt, &gate, &bias, 1), cases[i].status);
+        expect_words(cases[i].what, cases[i].words);
+        if (cases[i].status == MOE4_OK) assert_int_equal(bias.bytes, 16 * moe4_dtype_bytes(bias.dtype));
+        assert_int_equal(moe4_checkpoint_router(ckpt, NULL, NULL, 1), cases[i].status);
+        moe4_checkpoint_close(ckpt);
+    }
+}
+
 static void test_fused_experts(void **state) {
     (void)state;
     files_safetensors("model.safetensors",
@@ -593,9 +634,12 @@ static void test_out_of_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        TEST(test_bundled_model), TEST(test_folder_without_index), TEST(test_index),   TEST(test_bad_configs),
-        TEST(test_families),      TEST(test_companions),           TEST(test_experts), TEST(test_fused_experts),
-        TEST(test_threads),       TEST(test_out_of_memory),
+        TEST(test_bundled_model), TEST(test_folder_without_index),
+        TEST(test_index),         TEST(test_bad_configs),
+        TEST(test_families),      TEST(test_companions),
+        TEST(test_experts),       TEST(test_routers),
+        TEST(test_fused_experts), TEST(test_threads),
+        TEST(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -18,7 +18,7 @@
 
 enum { N_SHARDS = 95, N_TENSORS = 200000, N_EXPERTS = 256, ROWS = 2048, COLS = 7168 };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { SLACK = 12 };
+enum { SLACK = 100 }; /* a sanitizer's time and memory are not ours */
 #else
 enum { SLACK = 3 };
 #endif
