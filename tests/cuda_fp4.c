@@ -1,4 +1,4 @@
-/* The E2M1 conversion of CUDA's own header, run on the host: an oracle for test_codec where CUDA is installed. */
+/* The E2M1 conversion of CUDA's own header, run on the host: an oracle for test_convert where CUDA is installed. */
 #include <cuda_fp4.h>
 
 unsigned char cuda_e2m1_from_float(float x);
