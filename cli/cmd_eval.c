@@ -4,7 +4,7 @@
 
 #include "cli_lm.h"
 
-enum { DEFAULT_WINDOW = 512, DEFAULT_BATCH = 32 };
+enum { DEFAULT_WINDOW = 512, DEFAULT_BATCH = 8, DEFAULT_TENSOR_BATCH = 32 };
 
 struct options {
     const char *text, *token_ids, *act;
@@ -20,7 +20,9 @@ static int read_tokens(struct cli_lm *m, struct lm_tokens *tokens, const struct 
                          m->model->config.info.vocab);
     moe4_status status = o->text ? lm_tokens_from_text(&m->lm, tokens, path, most) : lm_tokens_from_ids(&m->lm, tokens, path, most);
     if (status != MOE4_OK) return cli_lm_fail(m, status, path);
-    if (tokens->n < 2) return cli_error(CLI_BAD_DATA, path, "%zu %s: nothing to predict, need 2", tokens->n, o->text ? "bytes" : "tokens");
+    if (tokens->n < 2)
+        return cli_error(CLI_BAD_DATA, path, "%zu %s%s: nothing to predict, need 2", tokens->n, o->text ? "byte" : "token",
+                         tokens->n == 1 ? "" : "s");
     return CLI_FINE;
 }
 
@@ -45,14 +47,17 @@ static int print_table(const struct cli_lm *m, const struct lm_bits *bits, const
     printf("%-18s %.2f\n", "seconds", bits->seconds);
     printf("%-18s %.0f\n", "tokens per second", (double)bits->n_predicted / bits->seconds);
     printf("%-18s %llu\n", "saturated blocks", (unsigned long long)bits->n_saturated);
-    printf("%-18s %s, %s, %zu threads\n", "mode", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), moe4_ctx_n_threads(m->lm.ctx));
+    size_t n_threads = moe4_ctx_n_threads(m->lm.ctx);
+    printf("%-18s %s, %s, %zu thread%s\n", "mode", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), n_threads,
+           n_threads == 1 ? "" : "s");
     return CLI_FINE;
 }
 
-static int eval(struct cli_lm *m, struct lm_tokens *tokens, const char *path, const struct options *o) {
+static int eval(struct cli_lm *m, struct lm_tokens *tokens, const char *path, struct options *o) {
     int exit_status = cli_lm_open(m, path, o->act, &o->common);
     if (exit_status == CLI_FINE) exit_status = read_tokens(m, tokens, o);
     if (exit_status != CLI_FINE) return exit_status;
+    if (o->batch == CLI_UNSET) o->batch = m->model->act == MOE4_ACT_TENSOR ? DEFAULT_TENSOR_BATCH : DEFAULT_BATCH;
     struct cli_progress progress = {.what = "eval"};
     struct lm_bits_options options = {o->window, o->batch, show_progress, &progress};
     struct lm_bits bits;
@@ -63,13 +68,13 @@ static int eval(struct cli_lm *m, struct lm_tokens *tokens, const char *path, co
 }
 
 int cmd_eval(int argc, char **argv) {
-    struct options o = {.window = DEFAULT_WINDOW, .batch = DEFAULT_BATCH, .limit = CLI_UNSET};
+    struct options o = {.window = DEFAULT_WINDOW, .batch = CLI_UNSET, .limit = CLI_UNSET};
     const struct cli_option table[] = {
         {"text", CLI_TEXT, &o.text, "FILE", "predict the bytes of FILE"},
         {"token-ids", CLI_TEXT, &o.token_ids, "FILE", "predict token ids: raw little-endian int32, or the one tensor of a .safetensors"},
         {"act", CLI_TEXT, &o.act, "MODE", CLI_LM_ACT_HELP},
         {"window", CLI_SIZE, &o.window, "N", "predict N tokens from at most N before each (512)"},
-        {"batch", CLI_SIZE, &o.batch, "N", "run N windows together (32); only in mode tensor does it change the result"},
+        {"batch", CLI_SIZE, &o.batch, "N", "run N windows together (8; 32 in mode tensor, where it changes the result)"},
         {"limit", CLI_SIZE, &o.limit, "N", "predict at most N bytes or tokens"},
         CLI_COMMON_OPTIONS(&o.common),
     };

@@ -120,7 +120,9 @@ static int print_summary(const struct cli_lm *m, const struct generation *g) {
     if (s.rate > 0)
         fprintf(stderr, ", then %.1f tokens/s: %.0f %% of what reading %s of weights a token at %s/s allows", s.rate, 100 * s.share,
                 cli_bytes(bytes, (uint64_t)s.bytes), cli_bytes(bandwidth, (uint64_t)s.bandwidth));
-    fprintf(stderr, " (%s, %s, %zu threads)\n", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), moe4_ctx_n_threads(m->lm.ctx));
+    size_t n_threads = moe4_ctx_n_threads(m->lm.ctx);
+    fprintf(stderr, " (%s, %s, %zu thread%s)\n", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), n_threads,
+            n_threads == 1 ? "" : "s");
     return CLI_FINE;
 }
 

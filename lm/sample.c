@@ -25,6 +25,15 @@ static size_t largest(const float *logits, size_t n) {
     return best;
 }
 
+/* Leaves those of at least `least`. When that is the mean share of what top_p leaves out, the others together have less than it leaves
+ * out, so top_p takes none of them: sorting need not see them. */
+static size_t drop_unlikely(struct lm_candidate *candidates, size_t n, double least) {
+    size_t n_left = 0;
+    for (size_t i = 0; i < n; i++)
+        if (candidates[i].p >= least) candidates[n_left++] = candidates[i];
+    return n_left;
+}
+
 int32_t lm_sample(struct lm_sampler *sampler, const float *logits, size_t n, struct lm_candidate *scratch) {
     size_t best = largest(logits, n);
     if (sampler->temperature <= 0.0) return (int32_t)best;
@@ -35,6 +44,7 @@ int32_t lm_sample(struct lm_sampler *sampler, const float *logits, size_t n, str
     }
     size_t n_kept = n;
     if (sampler->top_p < 1.0) {
+        n = drop_unlikely(scratch, n, (1.0 - sampler->top_p) * total / (double)n);
         qsort(scratch, n, sizeof *scratch, by_probability);
         double kept = 0.0;
         for (n_kept = 0; n_kept < n && kept < sampler->top_p * total; n_kept++) kept += scratch[n_kept].p;
