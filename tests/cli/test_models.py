@@ -1,4 +1,5 @@
 """moe4 eval and moe4 generate as a user types them."""
+import shutil
 import subprocess
 import unittest
 
@@ -6,6 +7,8 @@ import tensors
 from cli_case import BAD_DATA, BAD_USAGE, MODEL, PROGRAM, ROOT, CliCase
 
 TEXT = ROOT / "models" / "tale-excerpt.txt"
+TINY = ROOT / "tests" / "vectors" / "hf-qwen3-moe"  # bf16, 97 tokens that are not bytes
+TINY_IDS = f"{TINY}-logits.safetensors"  # 80 of them
 
 
 class Eval(CliCase):
@@ -40,7 +43,37 @@ class Eval(CliCase):
         for part in ("bits per byte ", "bytes              64\n", "tokens per second ", "saturated blocks ", "token, "):
             self.assertIn(part, text)
 
+    def test_figures_agree(self):
+        said = self.eval("--text", TEXT, "--limit", 300)
+        self.assertAlmostEqual(said["tokens_per_second"] * said["seconds"], 300, places=3)
+        self.assertEqual(said["saturated_blocks"], 0)
+        self.assertIn(f"{said['bits_per_byte']:.5f}\n", self.moe4("eval", MODEL, "--text", TEXT, "--limit", 300).stdout)
+
+    def test_tokens_that_are_not_bytes(self):
+        said = self.json("eval", TINY, "--token-ids", TINY_IDS, "--window", 64)
+        self.assertEqual((said["tokens"], said["act"], said["bits_per_byte"]), (79, "bf16", None))
+        self.error("eval", TINY, "--text", TEXT, status=BAD_USAGE, says=["97", "--token-ids"])
+        self.error("eval", TINY, "--token-ids", TINY_IDS, "--window", 64, "--act", "token", status=BAD_USAGE, says=["token", "NVFP4"])
+
+    def test_little_text(self):
+        text = self.folder / "text"
+        for contents, says in ((b"", "0 bytes: nothing to predict"), (b"x", "1 byte: nothing to predict")):
+            text.write_bytes(contents)
+            self.error("eval", MODEL, "--text", text, status=BAD_DATA, says=says)
+        text.write_bytes(b"xy")
+        self.assertEqual(self.eval("--text", text)["bytes"], 1)
+
+    def test_incomplete_checkpoint(self):
+        """An expert that no shard holds is missed before anything runs, by name."""
+        shutil.copy(MODEL / "config.json", self.folder)
+        raw, name = (MODEL / "model.safetensors").read_bytes(), b"model.layers.4.mlp.experts.17."
+        self.assertIn(name, raw)
+        (self.folder / "model.safetensors").write_bytes(raw.replace(name, name.replace(b".17.", b".97.")))
+        self.error("eval", self.folder, "--text", TEXT, status=BAD_DATA, says="model.layers.4.mlp.experts.17.")
+        self.error("generate", self.folder, status=BAD_DATA, says="model.layers.4.mlp.experts.17.")
+
     def test_wrong_usage(self):
+        self.error("eval", MODEL, "--text", TEXT, "--window", 513, status=BAD_USAGE, says=["513", "512"])
         self.error("eval", MODEL, status=BAD_USAGE, says="--text FILE or --token-ids FILE")
         self.error("eval", MODEL, "--text", TEXT, "--token-ids", TEXT, status=BAD_USAGE, says="not both")
         for option in ("--window", "--batch", "--limit"):
@@ -90,7 +123,28 @@ class Generate(CliCase):
         self.assertEqual(said["token_ids"], self.generate("--prompt", "The ", "-n", 12)["token_ids"])
         self.assertIsNone(said["text"])
 
+    def test_tokens_that_are_not_bytes(self):
+        done = subprocess.run([PROGRAM, "generate", TINY, "--token-ids", TINY_IDS, "-n", "20"], capture_output=True, text=True)
+        ids = [int(word) for word in done.stdout.split()]
+        self.assertEqual(len(ids), 20)
+        self.assertTrue(all(0 <= i < 97 for i in ids))
+        self.error("generate", TINY, "--prompt", "x", status=BAD_USAGE, says=["97", "--token-ids"])
+
+    def test_speed(self):
+        said = self.generate("-n", 40)
+        rate = said["tokens_per_second"] * said["weight_bytes_per_token"]
+        self.assertAlmostEqual(said["share_of_floor"], rate / said["read_bytes_per_second"])
+        # at least 6 of 32 experts and the shared one in 5 layers, at most the file
+        least, most = 5 * 7 * 3 * 256 * 128 * 9 // 16, (MODEL / "model.safetensors").stat().st_size
+        self.assertTrue(least < said["weight_bytes_per_token"] < most, said)
+
+    def test_whole_context(self):
+        self.assertEqual(len(self.generate("-n", 511)["token_ids"]), 511)
+        self.error("generate", MODEL, "-n", 512, status=BAD_USAGE, says=["1 tokens and 512 more", "512"])
+
     def test_wrong_usage(self):
+        self.error("generate", MODEL, "-n", status=BAD_USAGE, says="-n: needs an argument")
+        self.error("generate", MODEL, "-n", "x", status=BAD_USAGE, says='-n: "x"')
         self.error("generate", MODEL, "-n", 0, status=BAD_USAGE, says="-n")
         self.error("generate", MODEL, "-n", 512, "--prompt", "x" * 10, status=BAD_USAGE, says=["10", "512"])
         self.error("generate", MODEL, "--prompt", "", status=BAD_USAGE, says="--prompt")
