@@ -62,7 +62,7 @@ class Bundled(CliCase):
         self.assertLess(tensors.relative_l2(written["topk_weight"][2], golden["tale.layer3.topk_weight"][2]), 1e-6)
         self.assertLess(tensors.relative_l2(written["y"][2], golden["tale.layer3.y_token"][2]), 2e-3)
         self.assertEqual(os.listdir(self.folder), ["out.safetensors"])
-        self.run_layer("--check", f"{out}:y", "--tol", "0")  # what was written reads back as the same bits
+        self.run_layer("--repeat", 3, "--check", f"{out}:y", "--tol", "0")  # what was written reads back as the same bits
 
     def test_threads_do_not_change_bits(self):
         files = []
@@ -170,6 +170,7 @@ class Bundled(CliCase):
     def test_wrong_usage(self):
         self.error("run", MODEL, "--input", X3, status=BAD_USAGE, says="--layer is missing")
         self.error("run", MODEL, "--layer", 3, status=BAD_USAGE, says="--input is missing")
+        self.error("run", MODEL, "--layer", 3, "--input", X3, "--repeat", 0, status=BAD_USAGE, says="--repeat")
         self.error("run", MODEL, "--layer", 6, "--input", X3, status=BAD_USAGE, says=["moe4: --layer: 6", "6 layers"])
         self.error("run", MODEL, "--layer", 3, "--input", X3, "--act", "fp8", status=BAD_USAGE, says='"fp8"')
         self.error("run", MODEL, "--layer", 3, "--input", X3, "--act", "bf16", status=BAD_USAGE, says="bf16")
