@@ -1,0 +1,35 @@
+/* Packed weights: an ISA's packing writes the same bytes as the plain one, whatever columns a call has. */
+#include "checkkernels.h"
+#include "cpu/pack.h"
+
+#if defined(__x86_64__)
+void check_pack(struct check *c) {
+    static const size_t ks[] = {16, 112, 128, 144, 256, 640}, ns[] = {1, 15, 16, 17, 48, 70};
+    bool ok = true;
+    if (c->k->w4a4->pack != moe4_tile16_pack_avx512) return;
+    for (size_t i = 0; i < 6; i++)
+        for (size_t j = 0; j < 6; j++) {
+            const enum side side = random_below(&c->random, N_SIDES);
+            uint8_t *codes = guarded(ks[i] * ns[j] / 2, side), *scales = guarded(ks[i] * ns[j] / 16, side);
+            for (size_t k = 0; k < ks[i] * ns[j] / 2; k++) codes[k] = (uint8_t)random_u64(&c->random);
+            for (size_t k = 0; k < ks[i] * ns[j] / 16; k++)
+                scales[k] = (uint8_t)(random_below(&c->random, 4) ? random_below(&c->random, 127) : 0);
+            const moe4_weight w = {.dtype = MOE4_NVFP4, .rows = ns[j], .cols = ks[i], .data = codes, .scale = scales, .global = 1};
+            const size_t bytes = moe4_tile16_bytes(&w);
+            char *got = guarded(bytes, AT_END), *want = guarded(bytes, AT_END);
+            moe4_tile16_pack(want, &w, 0, ns[j]);
+            for (size_t col = 0, n; col < ns[j]; col += n) {
+                n = 16 * (1 + random_below(&c->random, 3));
+                if (n > ns[j] - col) n = ns[j] - col;
+                moe4_tile16_pack_avx512(got, &w, col, n);
+            }
+            ok &= same_bytes(got, want, bytes);
+            ok &= guarded_release();
+        }
+    check_line(c, "pack", "same bytes as the plain one", ok);
+}
+#else
+void check_pack(struct check *c) {
+    (void)c;
+}
+#endif
