@@ -16,7 +16,7 @@ FIRST = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-DMOE4_TESTS=OFF $(if $(shell 
 CONFIGURE = cmake -S . -B $(BUILD) $(FIRST) $(CMAKE_FLAGS) -Wno-dev --log-level=WARNING
 # With the flags of this make, the one below would announce every folder.
 COMPILE = env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL cmake --build $(BUILD) -j $(JOBS)
-SOURCES = $(shell find * -name 'build*' -prune -o -name '*.[ch]' -print)
+SOURCES = $(shell git ls-files '*.c' '*.h')
 
 all:
 	@$(CONFIGURE) >/dev/null || { echo "make: that is missing; make run installs it, or says which packages to install" >&2; exit 1; }

@@ -226,6 +226,24 @@ typedef enum moe4_act {
 MOE4_API const char *moe4_act_name(moe4_act act);
 MOE4_API moe4_status moe4_act_from_name(moe4_act *act_ret, const char *name);
 
+/* Where the block scales of rows [rows, K/16] lie; docs/format.md has the formulas. */
+typedef enum moe4_scale_layout {
+    MOE4_SCALES_LINEAR = 0, /* bytes [rows, K/16] */
+    MOE4_SCALES_WORDS,      /* 32-bit words [ceil(K/64), rows]: a word has four consecutive blocks' scales, the lowest byte first */
+    MOE4_SCALES_128X4       /* tiles of 128 rows x 4 blocks, padded: what cuBLASLt, CUTLASS and FlashInfer read */
+} moe4_scale_layout;
+
+/* Rows of activations that are NVFP4 already. An object whose x_dtype is MOE4_NVFP4 takes a pointer to this as its x: values enter the
+ * product as they are, and only h is rounded by the mode. A row with a NaN or signed scale byte, or a global that is not finite, comes
+ * out NaN. */
+typedef struct moe4_nvfp4_rows {
+    const uint8_t *codes; /* [rows, K/2], contiguous */
+    const void *scales;
+    moe4_scale_layout layout;
+    const float *global; /* factor of the values: one, or [rows] with global_per_row */
+    int global_per_row;
+} moe4_nvfp4_rows;
+
 /* Scratch memory, the caller's, 64-byte aligned; one per call under way. It carries the report of the last call that used it. */
 typedef struct moe4_workspace {
     void *data;
@@ -410,7 +428,7 @@ typedef struct moe4_moe_options {
     moe4_weighting weighting;  /* of routed slots; the shared expert has none */
     int with_shared;           /* from a checkpoint: add the layer's shared expert */
     const moe4_expert *shared; /* create: a shared expert every token visits with weight 1, its own intermediate size; or NULL */
-    moe4_dtype x_dtype;        /* F32, BF16 or F16 */
+    moe4_dtype x_dtype;        /* F32, BF16 or F16; or NVFP4: x is a moe4_nvfp4_rows */
     size_t x_ld;
     moe4_dtype y_dtype; /* F32 or BF16 */
     size_t y_ld;
@@ -447,6 +465,25 @@ MOE4_API moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes
  * Errors: ARGUMENT (a NULL, a workspace too small: both numbers). */
 MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights,
                                       size_t n_tokens, const moe4_workspace *workspace, void *stream);
+
+/* For engines that dispatch themselves (expert parallelism): rows that already stand with their experts. Only the local routed experts
+ * run. x and y rows as the options say; `weights` [rows] fp32, or NULL: 1.
+ *
+ * sorted: rows [offsets[e], offsets[e + 1]) of x [n_rows,hidden] are local expert e's; offsets is int32 [n_local + 1] in host memory, from
+ * 0, never falling, at most n_rows. With row_token NULL y is [n_rows,hidden], row for row, weighted, not summed; rows past the last offset
+ * are not written. Otherwise y is [n_tokens,hidden] and row r is added to y[row_token[r]] in order of r (int32 [n_rows]; negative:
+ * dropped); tokens without a row get zeros. batched: x and y are [n_local, max_rows, hidden] with counts[e] rows each (int32 [n_local],
+ * host memory); the others are not touched. Errors: ARGUMENT (an offset, count or token out of range: which, and both numbers). */
+MOE4_API moe4_status moe4_moe_rows_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_rows, size_t n_tokens);
+MOE4_API moe4_status moe4_moe_forward_sorted(const moe4_moe *moe, void *y, const void *x, const int32_t *offsets, const float *weights,
+                                             const int32_t *row_token, size_t n_rows, size_t n_tokens, const moe4_workspace *workspace,
+                                             void *stream);
+MOE4_API moe4_status moe4_moe_forward_batched(const moe4_moe *moe, void *y, const void *x, const int32_t *counts, const float *weights,
+                                              size_t max_rows, const moe4_workspace *workspace, void *stream);
+
+/* Puts other weights of the same shapes and dtypes in local expert e's place (load balancing). No forward of this layer may be under way.
+ * On failure the old expert stays. Errors: as moe4_moe_create. */
+MOE4_API moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *expert);
 
 typedef enum moe4_stage {
     MOE4_STAGE_DISPATCH = 0, /* slots sorted by expert */
@@ -487,7 +524,7 @@ typedef struct moe4_linear moe4_linear;
 typedef struct moe4_linear_options {
     size_t struct_size;
     moe4_act act;
-    moe4_dtype x_dtype; /* F32, BF16 or F16 */
+    moe4_dtype x_dtype; /* F32, BF16 or F16; or NVFP4: x is a moe4_nvfp4_rows */
     size_t x_ld;
     moe4_dtype y_dtype; /* F32 or BF16; contiguous [T, N_i] each */
 } moe4_linear_options;
@@ -504,6 +541,35 @@ MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size
  * saturated blocks of x, once for all matrices. */
 MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x,
                                          size_t n_tokens, const moe4_workspace *workspace, void *stream);
+
+/* ---- grouped linear ------------------------------------------------------------------------------------------------------------- */
+
+typedef struct moe4_grouped moe4_grouped;
+
+typedef struct moe4_grouped_options {
+    size_t struct_size;
+    moe4_act act;
+    moe4_dtype x_dtype; /* F32, BF16 or F16; or NVFP4: x is a moe4_nvfp4_rows */
+    size_t x_ld;
+    moe4_dtype y_dtype; /* F32 or BF16 */
+    size_t y_ld;
+    int block_diagonal;
+} moe4_grouped_options;
+#define MOE4_GROUPED_OPTIONS_INIT \
+    { sizeof(moe4_grouped_options), MOE4_ACT_DEFAULT, MOE4_BF16, 0, MOE4_BF16, 0, 0 }
+
+/* The products of an engine's own pipeline: n_groups matrices [N,K] of one shape and format, each with its own global scale, input scale
+ * and bias; group g's rows meet matrix g. The structs are copied, what they point to stays borrowed. Errors: ARGUMENT, MEMORY.
+ * Plain: rows [offsets[g], offsets[g + 1]) of x [n_rows,K] and y [n_rows,N] are group g's.
+ * block_diagonal: x is [n_rows, n_groups * K], y [n_rows, n_groups * N], and columns g of each belong together; offsets are NULL; TENSOR
+ * takes its scale over each group's columns. */
+MOE4_API moe4_status moe4_grouped_create(moe4_grouped **grouped_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_groups,
+                                         const moe4_grouped_options *options);
+MOE4_API void moe4_grouped_destroy(moe4_grouped *grouped);
+MOE4_API moe4_status moe4_grouped_workspace_bytes(const moe4_grouped *grouped, size_t *bytes_ret, size_t n_rows);
+/* offsets int32 [n_groups + 1] in host memory as for moe4_moe_forward_sorted. Properties as moe4_moe_forward's. */
+MOE4_API moe4_status moe4_grouped_forward(const moe4_grouped *grouped, void *y, uint64_t *n_saturated_ret, const void *x,
+                                          const int32_t *offsets, size_t n_rows, const moe4_workspace *workspace, void *stream);
 
 #ifdef __cplusplus
 }

@@ -31,6 +31,13 @@ struct moe4_moe_call {
     size_t n_tokens;
     void *workspace;
     void *stream;
+
+    /* Rows that stand with their experts already, instead of ids: offsets (sorted) or counts (batched). */
+    bool by_rows;
+    const int32_t *offsets, *counts;
+    size_t max_rows;          /* batched */
+    const int32_t *row_token; /* sorted: y is [n_tokens, hidden], summed; or NULL */
+    size_t n_rows;            /* of x */
 };
 
 struct moe4_linear {
@@ -54,6 +61,26 @@ struct moe4_linear_call {
 };
 
 enum { MOE4_MAX_EXPERTS = 4096 };
+
+struct moe4_grouped {
+    moe4_ctx *ctx;
+    moe4_grouped_options o;
+    size_t rows, cols; /* of each matrix */
+    moe4_weight *weight;
+    size_t n_groups;
+    void *prepared;
+};
+
+struct moe4_grouped_call {
+    const moe4_grouped *grouped;
+    void *y;
+    uint64_t *n_saturated;
+    const void *x;
+    const int32_t *offsets; /* NULL: block-diagonal */
+    size_t n_rows;
+    void *workspace;
+    void *stream;
+};
 
 struct moe4_router {
     moe4_ctx *ctx;
@@ -79,7 +106,8 @@ struct moe4_backend {
 
     moe4_status (*experts_prepare)(moe4_ctx *ctx, struct moe4_experts *experts);
     void (*experts_release)(moe4_ctx *ctx, struct moe4_experts *experts);
-    bool (*moe_bytes)(size_t *bytes, const moe4_moe *moe, size_t n_tokens); /* false: does not fit a size_t */
+    void (*expert_replaced)(moe4_ctx *ctx, struct moe4_experts *experts, size_t e); /* experts->expert[e] has other weights */
+    bool (*moe_bytes)(size_t *bytes, const struct moe4_moe_call *call);             /* of its sizes; false: does not fit a size_t */
 
     moe4_status (*begin)(const struct moe4_moe_call *call); /* carves the workspace; the same walk as moe_bytes */
     moe4_status (*dispatch)(const struct moe4_moe_call *call);
@@ -94,6 +122,11 @@ struct moe4_backend {
     void (*linear_release)(moe4_linear *linear);
     bool (*linear_bytes)(size_t *bytes, const moe4_linear *linear, size_t n_tokens);
     moe4_status (*linear_forward)(const struct moe4_linear_call *call);
+
+    moe4_status (*grouped_prepare)(moe4_grouped *grouped);
+    void (*grouped_release)(moe4_grouped *grouped);
+    bool (*grouped_bytes)(size_t *bytes, const moe4_grouped *grouped, size_t n_rows);
+    moe4_status (*grouped_forward)(const struct moe4_grouped_call *call);
 
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
     moe4_status (*select)(const struct moe4_select_call *call);
@@ -125,6 +158,12 @@ moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const mo
 moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
 /* No block scale of an NVFP4 matrix is NaN or signed: FORMAT with the place. Reads every scale byte. */
 moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
+/* x_dtype is F32, BF16, F16 or NVFP4; y_dtype F32 or BF16. */
+moe4_status moe4_io_check(const moe4_ctx *ctx, moe4_dtype x_dtype, moe4_dtype y_dtype);
+/* Rows given as NVFP4 have their pointers and a known layout. */
+moe4_status moe4_rows_check(const moe4_ctx *ctx, const void *x, moe4_dtype x_dtype);
+/* offsets[0] = 0, never falling, offsets[n] <= n_rows. */
+moe4_status moe4_offsets_check(const moe4_ctx *ctx, const int32_t *offsets, size_t n, size_t n_rows);
 /* The mode that `act` means for a matrix of this dtype; NVFP4 matrices only take NVFP4's modes, unquantized ones BF16. */
 moe4_act moe4_act_resolve(moe4_act act, moe4_dtype dtype);
 

@@ -56,6 +56,36 @@ moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const mo
     return MOE4_OK;
 }
 
+/* ---- what a call brings ---- */
+
+moe4_status moe4_io_check(const moe4_ctx *ctx, moe4_dtype x_dtype, moe4_dtype y_dtype) {
+    MOE4_CHECK(ctx, x_dtype == MOE4_F32 || x_dtype == MOE4_BF16 || x_dtype == MOE4_F16 || x_dtype == MOE4_NVFP4, MOE4_ERROR_ARGUMENT,
+               "options.x_dtype: %s (F32, BF16, F16 or NVFP4)", moe4_dtype_name(x_dtype));
+    MOE4_CHECK(ctx, y_dtype == MOE4_F32 || y_dtype == MOE4_BF16, MOE4_ERROR_ARGUMENT, "options.y_dtype: %s (F32 or BF16)",
+               moe4_dtype_name(y_dtype));
+    return MOE4_OK;
+}
+
+moe4_status moe4_rows_check(const moe4_ctx *ctx, const void *x, moe4_dtype x_dtype) {
+    if (x_dtype != MOE4_NVFP4) return MOE4_OK;
+    const moe4_nvfp4_rows *rows = x;
+    MOE4_CHECK(ctx, rows->codes && rows->scales && rows->global, MOE4_ERROR_ARGUMENT, "x: NULL %s",
+               !rows->codes    ? "codes"
+               : !rows->scales ? "scales"
+                               : "global");
+    MOE4_CHECK(ctx, (unsigned)rows->layout <= MOE4_SCALES_128X4, MOE4_ERROR_ARGUMENT, "x: %d is no layout of scales", (int)rows->layout);
+    return MOE4_OK;
+}
+
+moe4_status moe4_offsets_check(const moe4_ctx *ctx, const int32_t *offsets, size_t n, size_t n_rows) {
+    MOE4_CHECK(ctx, offsets, MOE4_ERROR_ARGUMENT, "offsets: NULL");
+    MOE4_CHECK(ctx, offsets[0] == 0, MOE4_ERROR_ARGUMENT, "offsets[0]: %d, need 0", offsets[0]);
+    for (size_t i = 0; i < n; i++)
+        MOE4_CHECK(ctx, offsets[i + 1] >= offsets[i], MOE4_ERROR_ARGUMENT, "offsets[%zu]: %d after %d", i + 1, offsets[i + 1], offsets[i]);
+    MOE4_CHECK(ctx, (size_t)offsets[n] <= n_rows, MOE4_ERROR_ARGUMENT, "offsets[%zu]: %d, there are %zu rows", n, offsets[n], n_rows);
+    return MOE4_OK;
+}
+
 /* ---- block scales: every byte is looked at before it is used ---- */
 
 enum { SCAN_BYTES = 1 << 16 };

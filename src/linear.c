@@ -9,16 +9,15 @@ static moe4_status linear_init(moe4_linear *l, const moe4_weight *weights, size_
     const moe4_ctx *ctx = l->ctx;
     moe4_linear_options *o = &l->o;
     MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
-    MOE4_CHECK(ctx, o->x_dtype == MOE4_F32 || o->x_dtype == MOE4_BF16 || o->x_dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
-               "options.x_dtype: %s (F32, BF16 or F16)", moe4_dtype_name(o->x_dtype));
-    MOE4_CHECK(ctx, o->y_dtype == MOE4_F32 || o->y_dtype == MOE4_BF16, MOE4_ERROR_ARGUMENT, "options.y_dtype: %s (F32 or BF16)",
-               moe4_dtype_name(o->y_dtype));
+    MOE4_TRY(moe4_io_check(ctx, o->x_dtype, o->y_dtype));
     l->cols = weights->cols;
     moe4_act act = moe4_act_resolve(o->act, weights->dtype);
     MOE4_CHECK(ctx, o->act == MOE4_ACT_DEFAULT || act == o->act, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the weights are %s",
                moe4_act_name(o->act), moe4_dtype_name(weights->dtype));
     o->act = act;
     if (!o->x_ld) o->x_ld = l->cols;
+    MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4 || l->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT,
+               "options.x_dtype: NVFP4, and %zu columns are not a multiple of %d", l->cols, MOE4_BLOCK);
     MOE4_CHECK(ctx, o->x_ld >= l->cols, MOE4_ERROR_ARGUMENT, "options.x_ld: %zu, the rows have %zu", o->x_ld, l->cols);
     for (size_t i = 0; i < n_weights; i++) {
         char what[32];
@@ -84,6 +83,7 @@ moe4_status moe4_linear_forward(const moe4_linear *l, void *const *y, uint64_t *
     MOE4_CHECK(l->ctx, !n_tokens || (x && y), MOE4_ERROR_ARGUMENT, "moe4_linear_forward: NULL %s", x ? "y" : "x");
     for (size_t i = 0; n_tokens && i < l->n_weights; i++)
         MOE4_CHECK(l->ctx, y[i], MOE4_ERROR_ARGUMENT, "moe4_linear_forward: NULL y[%zu]", i);
+    if (n_tokens) MOE4_TRY(moe4_rows_check(l->ctx, x, l->o.x_dtype));
     struct moe4_linear_call c = {l, y, n_saturated_ret, x, n_tokens, workspace->data, stream};
     struct moe4_fpenv env = moe4_fpenv_enter();
     moe4_status status = l->ctx->backend->linear_forward(&c);

@@ -45,6 +45,13 @@ static moe4_status check_input_scales(const moe4_moe *moe, const struct moe4_exp
     return MOE4_OK;
 }
 
+/* The copy that the layer keeps: no gate where none is read, global 1 where there is none. */
+static void settle_expert(const moe4_moe *moe, moe4_expert *e) {
+    if (moe->o.activation == MOE4_RELU2) e->gate = (moe4_weight){0};
+    if (e->up.dtype != MOE4_NVFP4) e->gate.global = e->up.global = 1;
+    if (e->down.dtype != MOE4_NVFP4) e->down.global = 1;
+}
+
 static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n, const char *name) {
     const moe4_ctx *ctx = moe->ctx;
     struct moe4_experts *g = &moe->group[moe->n_groups];
@@ -59,9 +66,7 @@ static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n
     moe->n_groups++; /* from here on destroy releases it */
     for (size_t e = 0; e < n; e++) {
         MOE4_TRY(check_expert(moe, &experts[e], experts, name, e));
-        if (moe->o.activation == MOE4_RELU2) g->expert[e].gate = (moe4_weight){0};
-        if (experts->up.dtype != MOE4_NVFP4) g->expert[e].gate.global = g->expert[e].up.global = 1;
-        if (experts->down.dtype != MOE4_NVFP4) g->expert[e].down.global = 1;
+        settle_expert(moe, &g->expert[e]);
     }
     MOE4_TRY(check_input_scales(moe, g, name));
     MOE4_CHECK(ctx, g->hidden == moe->group[0].hidden, MOE4_ERROR_ARGUMENT, "%s: hidden size %zu, the routed experts have %zu", name,
@@ -93,10 +98,7 @@ static moe4_status check_options(const moe4_ctx *ctx, moe4_moe_options *o) {
                (double)o->swiglu_alpha, (double)o->swiglu_beta);
     MOE4_CHECK(ctx, isfinite(o->swiglu_limit) && o->swiglu_limit >= 0, MOE4_ERROR_ARGUMENT, "options.swiglu_limit: %g",
                (double)o->swiglu_limit);
-    MOE4_CHECK(ctx, o->x_dtype == MOE4_F32 || o->x_dtype == MOE4_BF16 || o->x_dtype == MOE4_F16, MOE4_ERROR_ARGUMENT,
-               "options.x_dtype: %s (F32, BF16 or F16)", moe4_dtype_name(o->x_dtype));
-    MOE4_CHECK(ctx, o->y_dtype == MOE4_F32 || o->y_dtype == MOE4_BF16, MOE4_ERROR_ARGUMENT, "options.y_dtype: %s (F32 or BF16)",
-               moe4_dtype_name(o->y_dtype));
+    MOE4_TRY(moe4_io_check(ctx, o->x_dtype, o->y_dtype));
     MOE4_CHECK(ctx, o->ids_dtype == MOE4_I32 || o->ids_dtype == MOE4_I64, MOE4_ERROR_ARGUMENT, "options.ids_dtype: %s (I32 or I64)",
                moe4_dtype_name(o->ids_dtype));
     return MOE4_OK;
@@ -110,6 +112,8 @@ static moe4_status check_resolved(moe4_moe *moe) {
     if (!o->y_ld) o->y_ld = moe->hidden;
     MOE4_CHECK(ctx, o->x_ld >= moe->hidden && o->y_ld >= moe->hidden, MOE4_ERROR_ARGUMENT, "options: x_ld %zu, y_ld %zu, hidden size %zu",
                o->x_ld, o->y_ld, moe->hidden);
+    MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4 || moe->hidden % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT,
+               "options.x_dtype: NVFP4, and the hidden size %zu is not a multiple of %d", moe->hidden, MOE4_BLOCK);
     bool runs = o->act == MOE4_ACT_DEFAULT;
     for (size_t g = 0; g < moe->n_groups; g++) runs |= moe->group[g].act_x == o->act || moe->group[g].act_h == o->act;
     MOE4_CHECK(ctx, runs, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the experts are %s", moe4_act_name(o->act),
@@ -159,28 +163,55 @@ moe4_act moe4_moe_act(const moe4_moe *moe) {
     return moe->o.act;
 }
 
-/* ---- running it ---- */
-
-moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_tokens) {
-    moe4_begin(moe->ctx);
-    size_t n_slots;
-    MOE4_CHECK(moe->ctx, moe4_mul(&n_slots, n_tokens, moe->o.top_k) && n_slots <= INT32_MAX, MOE4_ERROR_ARGUMENT,
-               "n_tokens: %zu tokens x top_k %zu, at most %d slots", n_tokens, moe->o.top_k, INT32_MAX);
-    MOE4_CHECK(moe->ctx, moe->ctx->backend->moe_bytes(bytes_ret, moe, n_tokens), MOE4_ERROR_ARGUMENT,
-               "n_tokens: a workspace for %zu is too large", n_tokens);
+moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *expert) {
+    moe4_ctx *ctx = moe->ctx;
+    moe4_begin(ctx);
+    struct moe4_experts *g = &moe->group[0];
+    MOE4_CHECK(ctx, e < g->n, MOE4_ERROR_ARGUMENT, "moe4_moe_replace_expert: expert %zu of %zu", e, g->n);
+    MOE4_CHECK(ctx, expert, MOE4_ERROR_ARGUMENT, "moe4_moe_replace_expert: NULL expert");
+    moe4_expert copy = *expert;
+    struct moe4_experts one = *g;
+    one.expert = &copy;
+    one.n = 1;
+    MOE4_TRY(check_expert(moe, &copy, g->expert, "expert", e));
+    MOE4_TRY(check_input_scales(moe, &one, "new expert"));
+    settle_expert(moe, &copy);
+    g->expert[e] = copy;
+    ctx->backend->expert_replaced(ctx, g, e);
     return MOE4_OK;
 }
 
-static moe4_status check_call(const struct moe4_moe_call *c, const moe4_workspace *workspace) {
+/* ---- running it ---- */
+
+static moe4_status workspace_bytes(const struct moe4_moe_call *c, size_t *bytes_ret) {
     const moe4_moe *moe = c->moe;
-    const moe4_ctx *ctx = moe->ctx;
-    size_t need;
-    MOE4_TRY(moe4_moe_workspace_bytes(moe, &need, c->n_tokens));
-    MOE4_TRY(moe4_workspace_check(ctx, "moe4_moe_forward", workspace, need));
-    MOE4_CHECK(ctx, !c->n_tokens || (c->x && c->y), MOE4_ERROR_ARGUMENT, "moe4_moe_forward: NULL %s", c->x ? "y" : "x");
-    MOE4_CHECK(ctx, !c->n_tokens || (c->ids && c->weights) || (moe->o.n_experts == 1 && !c->ids && !c->weights), MOE4_ERROR_ARGUMENT,
-               "moe4_moe_forward: NULL %s, and the layer has %zu experts", c->ids ? "topk_weights" : "topk_ids", moe->o.n_experts);
+    size_t n_slots = c->n_rows;
+    MOE4_CHECK(moe->ctx, c->by_rows || moe4_mul(&n_slots, c->n_tokens, moe->o.top_k), MOE4_ERROR_ARGUMENT, "n_tokens: %zu", c->n_tokens);
+    MOE4_CHECK(moe->ctx, n_slots <= INT32_MAX && c->n_tokens <= INT32_MAX, MOE4_ERROR_ARGUMENT, "%zu tokens, %zu %s: at most %d",
+               c->n_tokens, n_slots, c->by_rows ? "rows" : "slots", INT32_MAX);
+    MOE4_CHECK(moe->ctx, moe->ctx->backend->moe_bytes(bytes_ret, c), MOE4_ERROR_ARGUMENT, "a workspace for %zu tokens, %zu %s is too large",
+               c->n_tokens, n_slots, c->by_rows ? "rows" : "slots");
     return MOE4_OK;
+}
+
+moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_tokens) {
+    moe4_begin(moe->ctx);
+    return workspace_bytes(&(struct moe4_moe_call){.moe = moe, .n_tokens = n_tokens}, bytes_ret);
+}
+
+moe4_status moe4_moe_rows_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_rows, size_t n_tokens) {
+    moe4_begin(moe->ctx);
+    return workspace_bytes(&(struct moe4_moe_call){.moe = moe, .by_rows = true, .n_rows = n_rows, .n_tokens = n_tokens}, bytes_ret);
+}
+
+static moe4_status check_call(const struct moe4_moe_call *c, const moe4_workspace *workspace, const char *name) {
+    const moe4_ctx *ctx = c->moe->ctx;
+    size_t need;
+    MOE4_TRY(workspace_bytes(c, &need));
+    MOE4_TRY(moe4_workspace_check(ctx, name, workspace, need));
+    bool reads = c->by_rows ? c->n_rows > 0 : c->n_tokens > 0, writes = reads || c->n_tokens > 0;
+    MOE4_CHECK(ctx, (c->x || !reads) && (c->y || !writes), MOE4_ERROR_ARGUMENT, "%s: NULL %s", name, c->x ? "y" : "x");
+    return reads ? moe4_rows_check(ctx, c->x, c->moe->o.x_dtype) : MOE4_OK;
 }
 
 /* The index of the library: what a layer does, in order. */
@@ -194,15 +225,74 @@ static moe4_status run_stages(const struct moe4_backend *b, const struct moe4_mo
     return b->combine(c);       /* y[t] = sum of weight[t,k] * o in slot order, rounded once */
 }
 
-moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights, size_t n_tokens,
-                             const moe4_workspace *workspace, void *stream) {
-    const struct moe4_moe_call c = {moe, y, x, topk_ids, topk_weights, n_tokens, workspace ? workspace->data : NULL, stream};
-    moe4_begin(moe->ctx);
-    MOE4_TRY(check_call(&c, workspace));
+static moe4_status run(const struct moe4_moe_call *c) {
     struct moe4_fpenv env = moe4_fpenv_enter();
-    moe4_status status = run_stages(moe->ctx->backend, &c);
+    moe4_status status = run_stages(c->moe->ctx->backend, c);
     moe4_fpenv_leave(env);
     return status;
+}
+
+moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights, size_t n_tokens,
+                             const moe4_workspace *workspace, void *stream) {
+    const struct moe4_moe_call c = {.moe = moe,
+                                    .y = y,
+                                    .x = x,
+                                    .ids = topk_ids,
+                                    .weights = topk_weights,
+                                    .n_tokens = n_tokens,
+                                    .workspace = workspace ? workspace->data : NULL,
+                                    .stream = stream};
+    moe4_begin(moe->ctx);
+    MOE4_TRY(check_call(&c, workspace, "moe4_moe_forward"));
+    MOE4_CHECK(moe->ctx, !n_tokens || (topk_ids && topk_weights) || (moe->o.n_experts == 1 && !topk_ids && !topk_weights),
+               MOE4_ERROR_ARGUMENT, "moe4_moe_forward: NULL %s, and the layer has %zu experts", topk_ids ? "topk_weights" : "topk_ids",
+               moe->o.n_experts);
+    return run(&c);
+}
+
+moe4_status moe4_moe_forward_sorted(const moe4_moe *moe, void *y, const void *x, const int32_t *offsets, const float *weights,
+                                    const int32_t *row_token, size_t n_rows, size_t n_tokens, const moe4_workspace *workspace,
+                                    void *stream) {
+    const struct moe4_moe_call c = {.moe = moe,
+                                    .y = y,
+                                    .x = x,
+                                    .weights = weights,
+                                    .n_tokens = row_token ? n_tokens : 0,
+                                    .workspace = workspace ? workspace->data : NULL,
+                                    .stream = stream,
+                                    .by_rows = true,
+                                    .offsets = offsets,
+                                    .row_token = row_token,
+                                    .n_rows = n_rows};
+    moe4_begin(moe->ctx);
+    MOE4_TRY(check_call(&c, workspace, "moe4_moe_forward_sorted"));
+    MOE4_TRY(moe4_offsets_check(moe->ctx, offsets, moe->o.n_local, n_rows));
+    for (size_t r = 0; row_token && r < n_rows; r++)
+        MOE4_CHECK(moe->ctx, row_token[r] < 0 || (size_t)row_token[r] < n_tokens, MOE4_ERROR_ARGUMENT, "row_token[%zu]: %d of %zu tokens",
+                   r, row_token[r], n_tokens);
+    return run(&c);
+}
+
+moe4_status moe4_moe_forward_batched(const moe4_moe *moe, void *y, const void *x, const int32_t *counts, const float *weights,
+                                     size_t max_rows, const moe4_workspace *workspace, void *stream) {
+    struct moe4_moe_call c = {.moe = moe,
+                              .y = y,
+                              .x = x,
+                              .weights = weights,
+                              .workspace = workspace ? workspace->data : NULL,
+                              .stream = stream,
+                              .by_rows = true,
+                              .counts = counts,
+                              .max_rows = max_rows};
+    moe4_begin(moe->ctx);
+    MOE4_CHECK(moe->ctx, moe4_mul(&c.n_rows, moe->o.n_local, max_rows), MOE4_ERROR_ARGUMENT, "max_rows: %zu for each of %zu experts",
+               max_rows, moe->o.n_local);
+    MOE4_TRY(check_call(&c, workspace, "moe4_moe_forward_batched"));
+    MOE4_CHECK(moe->ctx, counts, MOE4_ERROR_ARGUMENT, "counts: NULL");
+    for (size_t e = 0; e < moe->o.n_local; e++)
+        MOE4_CHECK(moe->ctx, counts[e] >= 0 && (size_t)counts[e] <= max_rows, MOE4_ERROR_ARGUMENT, "counts[%zu]: %d of max_rows %zu", e,
+                   counts[e], max_rows);
+    return run(&c);
 }
 
 moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,

@@ -85,6 +85,7 @@ static moe4_status router_init(moe4_router *r, const moe4_weight *gate, const fl
     o->alt_bias = NULL; /* was the caller's */
     if (o->kind == MOE4_ROUTER_HASH) MOE4_TRY(check_table(ctx, o));
     if (!gate) return MOE4_OK;
+    MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4, MOE4_ERROR_ARGUMENT, "options.x_dtype: NVFP4 (F32, BF16 or F16)");
     MOE4_CHECK(ctx, gate->dtype != MOE4_NVFP4, MOE4_ERROR_ARGUMENT, "router gate: dtype NVFP4 (BF16, F16 or F32)");
     MOE4_CHECK(ctx, gate->rows == o->n_experts && gate->cols == o->hidden, MOE4_ERROR_ARGUMENT,
                "router gate: shape %zu x %zu, need %zu x %zu", gate->rows, gate->cols, o->n_experts, o->hidden);

@@ -1,5 +1,6 @@
 /* The CPU's table of stages, and how it prepares experts. */
 #include "../backend.h"
+#include "grouped.h"
 #include "linear.h"
 #include "moe.h"
 #include "pack.h"
@@ -43,10 +44,24 @@ static void experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
     moe4_free(ctx, p);
 }
 
+/* The new weights take the old ones' place in the packed store. */
+static void expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e) {
+    struct moe4_cpu_experts *p = experts->prepared;
+    const moe4_expert *x = &experts->expert[e];
+    struct moe4_cpu_expert *old = &p->expert[e];
+    old->gate.w = x->gate;
+    old->up.w = x->up;
+    old->down.w = x->down;
+    struct moe4_pack packs[] = {
+        {.gemm = p->x, .matrix = &old->gate}, {.gemm = p->x, .matrix = &old->up}, {.gemm = p->h, .matrix = &old->down}};
+    moe4_repack(ctx, packs, 3);
+}
+
 const struct moe4_backend moe4_backend_cpu = {
     .name = "cpu",
     .experts_prepare = experts_prepare,
     .experts_release = experts_release,
+    .expert_replaced = expert_replaced,
     .moe_bytes = moe4_cpu_moe_bytes,
     .begin = moe4_cpu_begin,
     .dispatch = moe4_cpu_dispatch,
@@ -60,5 +75,9 @@ const struct moe4_backend moe4_backend_cpu = {
     .linear_release = moe4_cpu_linear_release,
     .linear_bytes = moe4_cpu_linear_bytes,
     .linear_forward = moe4_cpu_linear_forward,
+    .grouped_prepare = moe4_cpu_grouped_prepare,
+    .grouped_release = moe4_cpu_grouped_release,
+    .grouped_bytes = moe4_cpu_grouped_bytes,
+    .grouped_forward = moe4_cpu_grouped_forward,
     .select = moe4_cpu_select,
 };

@@ -173,9 +173,20 @@ TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const ui
     _mm_storeu_si128((__m128i *)(void *)a->table, _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)four)), 6));
 }
 
+enum { STEP = 512 };
+
+/* n <= STEP elements into chunks. The last chunk's blocks past the end are zero. */
+static struct chunk *pack_step(struct chunk *a, uint8_t codes[STEP / 2], uint8_t scales[STEP / MOE4_BLOCK], size_t n) {
+    if (n % 64) {
+        memset(codes + n / 2, 0, STEP / 2 - n / 2);
+        memset(scales + n / MOE4_BLOCK, 0, STEP / MOE4_BLOCK - n / MOE4_BLOCK);
+    }
+    for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
+    return a;
+}
+
 static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding) {
-    enum { STEP = 512 };
     const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
     struct chunk *a = row;
     uint64_t n_saturated = 0;
@@ -183,23 +194,34 @@ static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *f
         uint8_t codes[STEP / 2], scales[STEP / MOE4_BLOCK];
         const size_t n = k - at < STEP ? k - at : STEP;
         n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
-        if (n % 64) { /* the last chunk: blocks past the end are zero */
-            memset(codes + n / 2, 0, sizeof codes - n / 2);
-            memset(scales + n / MOE4_BLOCK, 0, sizeof scales - n / MOE4_BLOCK);
-        }
-        for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
+        a = pack_step(a, codes, scales, n);
     }
     *factor_ret = rounding->decode;
     return n_saturated;
+}
+
+static void pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
+                       size_t k) {
+    (void)kernels;
+    struct chunk *a = row;
+    for (size_t at = 0; at < k; at += STEP) {
+        uint8_t c[STEP / 2], s[STEP / MOE4_BLOCK];
+        const size_t n = k - at < STEP ? k - at : STEP;
+        memcpy(c, codes + at / 2, n / 2);
+        memcpy(s, scales + at / MOE4_BLOCK, n / MOE4_BLOCK);
+        a = pack_step(a, c, s, n);
+    }
+    *factor_ret = 1;
 }
 
 static const struct moe4_gemm w4a4 = {
     .name = "w4a4 avx512vnni",
     .tile_cols = 16,
     .packed_bytes = moe4_tile16_bytes,
-    .pack = moe4_tile16_pack_avx512,
+    .pack = moe4_tile16_pack,
     .row_bytes = row_bytes,
     .pack_row = pack_row,
+    .pack_codes = pack_codes,
     .gemm = gemm,
 };
 

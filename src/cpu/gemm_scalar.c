@@ -62,6 +62,7 @@ static const struct moe4_gemm scalar = {
     .packed_bytes = moe4_in_place,
     .row_bytes = moe4_fp32_row_bytes,
     .pack_row = moe4_fp32_pack_row,
+    .pack_codes = moe4_fp32_pack_codes,
     .gemm = gemm,
 };
 

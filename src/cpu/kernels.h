@@ -57,6 +57,10 @@ struct moe4_gemm {
     uint64_t (*pack_row)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding);
 
+    /* The same for a row that is NVFP4 already: its values e2m1 * block scale as they are. Not for unquantized weights. */
+    void (*pack_codes)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
+                       size_t k);
+
     /* y[m * y_ld + j] = row m . W[col0 + j], j < n_cols, without any global scale or factor. */
     void (*gemm)(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols);
 };

@@ -3,6 +3,17 @@
 #define MOE4_CPU_LINEAR_H
 
 #include "../backend.h"
+#include "kernels.h"
+
+/* Matrices of one format, packed as their family wants them. */
+struct moe4_cpu_matrices {
+    const struct moe4_gemm *gemm;
+    void *packed; /* all packed forms, or NULL */
+    struct moe4_matrix matrix[];
+};
+/* *matrices_ret is for destroy even on failure. */
+moe4_status moe4_cpu_matrices_create(void **matrices_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n, moe4_act act);
+void moe4_cpu_matrices_destroy(void *matrices, const moe4_ctx *ctx);
 
 moe4_status moe4_cpu_linear_prepare(moe4_linear *linear);
 void moe4_cpu_linear_release(moe4_linear *linear);

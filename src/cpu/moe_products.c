@@ -11,19 +11,15 @@ static void count_nonfinite(struct moe4_cpu_state *s, const struct moe4_row_stag
         s->report.n_nonfinite_rows = stage->n_nonfinite;
         return;
     }
-    uint64_t n = 0; /* each token once, however many positions read it: a shared expert's group has each token once */
-    if (g->routed) {
-        size_t k = s->moe->o.top_k;
-        for (size_t t = 0; t < s->n_tokens; t++) {
-            bool bad = false;
-            for (size_t j = 0; j < k; j++) {
-                int32_t p = g->pos_of_slot[t * k + j];
-                bad |= p >= 0 && isnan(g->x_factor[p]);
-            }
-            n += bad;
+    uint64_t n = g->routed ? 0 : stage->n_nonfinite;
+    size_t k = g->routed ? s->moe->o.top_k : 0;
+    for (size_t t = 0; k && t < s->n_tokens; t++) { /* each token once, however many positions read it */
+        bool bad = false;
+        for (size_t j = 0; j < k; j++) {
+            int32_t p = g->pos_of_slot[t * k + j];
+            bad |= p >= 0 && isnan(g->x_factor[p]);
         }
-    } else {
-        n = stage->n_nonfinite;
+        n += bad;
     }
     if (n > s->report.n_nonfinite_rows) s->report.n_nonfinite_rows = n;
 }
@@ -31,9 +27,9 @@ static void count_nonfinite(struct moe4_cpu_state *s, const struct moe4_row_stag
 moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     const moe4_moe *moe = c->moe;
-    for (size_t i = 0; i < moe->n_groups; i++) {
+    for (size_t i = 0; i < s->n_groups; i++) {
         struct moe4_cpu_group *g = &s->group[i];
-        if (!moe4_cpu_shares_x(moe, i)) {
+        if (!moe4_cpu_shares_x(c, i)) {
             struct moe4_row_stage stage = {.ctx = moe->ctx,
                                            .gemm = g->cpu->x,
                                            .act = g->set->act_x,
@@ -42,6 +38,7 @@ moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c) {
                                            .src = c->x,
                                            .src_dtype = moe->o.x_dtype,
                                            .src_ld = moe->o.x_ld,
+                                           .n_src = c->by_rows ? c->n_rows : c->n_tokens,
                                            .index = g->x_by_pos ? g->token : NULL,
                                            .weight = c->moe->o.weighting == MOE4_WEIGHT_ON_X ? g->weight : NULL,
                                            .input_scale = g->x_scale,
@@ -61,7 +58,7 @@ moe4_status moe4_cpu_quantize_x(const struct moe4_moe_call *c) {
 
 moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
-    for (size_t i = 0; i < c->moe->n_groups; i++) {
+    for (size_t i = 0; i < s->n_groups; i++) {
         struct moe4_cpu_group *g = &s->group[i];
         struct moe4_row_stage stage = {.ctx = c->moe->ctx,
                                        .gemm = g->cpu->h,
@@ -87,13 +84,12 @@ moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
 
 /* ---- the products ---- */
 
-/* What a task holds of each product on its stack, and how many columns that is at most. */
-enum { TASK_FLOATS = 128 * MOE4_TASK_COLS, MOST_COLS = 8 * MOE4_TASK_COLS, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
+enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
 
 /* A product over all experts of a group that were hit: task = (hit expert, block of columns). */
 struct product {
     const struct moe4_cpu_group *g;
-    size_t n_cols, task_cols, task_rows, blocks; /* of one expert */
+    size_t n_cols, blocks; /* of one expert */
     struct moe4_glu glu;
 };
 
@@ -105,31 +101,20 @@ struct part { /* one task's share */
 
 static struct part task_part(const struct product *p, size_t task) {
     const struct moe4_cpu_group *g = p->g;
-    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * p->task_cols;
+    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * TASK_COLS;
     return (struct part){.e = &g->cpu->expert[e],
                          .w = &g->set->expert[e],
                          .pos0 = (size_t)g->start[e],
                          .n_pos = (size_t)(g->start[e + 1] - g->start[e]),
                          .col0 = col0,
-                         .n_cols = p->n_cols - col0 < p->task_cols ? p->n_cols - col0 : p->task_cols};
+                         .n_cols = p->n_cols - col0 < TASK_COLS ? p->n_cols - col0 : TASK_COLS};
 }
 
 static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, size_t n_cols, size_t k, struct moe4_glu glu,
                         void (*fn)(void *, size_t)) {
     struct product p = {.g = g, .n_cols = n_cols, .glu = glu};
-    /* Few rows are bound by memory, and each task starts a new stream: so long ones, while there are enough for all threads. Many rows
-     * want the weights of a task to stay in the second-level cache. */
-    p.task_cols = g->n_pos <= FEW_ROWS * g->n_hit ? MOST_COLS : MOE4_TASK_COLS;
-    while (p.task_cols > MOE4_TASK_COLS && g->n_hit * n_cols < TASKS_PER_THREAD * moe4_ctx_n_threads(ctx) * p.task_cols) p.task_cols /= 2;
-    p.task_rows = TASK_FLOATS / p.task_cols;
-    p.blocks = (n_cols + p.task_cols - 1) / p.task_cols;
+    p.blocks = (n_cols + TASK_COLS - 1) / TASK_COLS;
     moe4_run(ctx, g->n_hit * p.blocks, (double)g->n_pos * (double)n_cols * (double)k, fn, &p);
-}
-
-/* The global scales, then the bias: y = y * global * factor + bias. */
-static void finish_row(const struct moe4_kernels *kernels, float *y, const moe4_weight *w, size_t col0, size_t n_cols, float factor) {
-    kernels->scale_row(y, w->global, factor, n_cols);
-    if (w->bias) kernels->add_scaled_row(y, w->bias + col0, 1.f, n_cols);
 }
 
 static void gate_up_task(void *arg, size_t task) {
@@ -139,17 +124,16 @@ static void gate_up_task(void *arg, size_t task) {
     const struct moe4_kernels *kernels = g->cpu->kernels;
     struct part t = task_part(p, task);
     bool gated = p->glu.kind != MOE4_RELU2;
-    const size_t ld = p->task_cols;
-    _Alignas(64) float gate[TASK_FLOATS], up[TASK_FLOATS];
-    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task_rows) {
-        size_t n = t.n_pos - m0 < p->task_rows ? t.n_pos - m0 : p->task_rows, pos = t.pos0 + m0;
-        if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
-        gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
+    _Alignas(64) float gate[TASK_ROWS * TASK_COLS], up[TASK_ROWS * TASK_COLS];
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += TASK_ROWS) {
+        size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
+        if (gated) gemm->gemm(gate, TASK_COLS, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
+        gemm->gemm(up, TASK_COLS, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
         for (size_t m = 0; m < n; m++) {
-            float *gm = gate + m * ld, *um = up + m * ld;
+            float *gm = gate + m * TASK_COLS, *um = up + m * TASK_COLS;
             float factor = g->x_factor[g->x_by_pos ? pos + m : (size_t)g->token[pos + m]];
-            if (gated) finish_row(kernels, gm, &t.w->gate, t.col0, t.n_cols, factor);
-            finish_row(kernels, um, &t.w->up, t.col0, t.n_cols, factor);
+            if (gated) moe4_cpu_finish_row(kernels, gm, &t.w->gate, t.col0, t.n_cols, factor);
+            moe4_cpu_finish_row(kernels, um, &t.w->up, t.col0, t.n_cols, factor);
             kernels->glu_row(g->h + (pos + m) * g->set->intermediate + t.col0, gm, um, t.n_cols, &p->glu);
         }
     }
@@ -159,7 +143,7 @@ moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     const moe4_moe_options *o = &c->moe->o;
     const struct moe4_glu glu = {o->activation, o->swiglu_alpha, o->swiglu_beta, o->swiglu_limit};
-    for (size_t i = 0; i < c->moe->n_groups; i++) {
+    for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
         run_product(c->moe->ctx, g, g->set->intermediate, 2 * g->set->hidden, glu, gate_up_task);
     }
@@ -172,17 +156,18 @@ static void down_task(void *arg, size_t task) {
     const struct moe4_cpu_group *g = p->g;
     struct part t = task_part(p, task);
     size_t hidden = g->set->hidden;
-    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task_rows) {
-        size_t n = t.n_pos - m0 < p->task_rows ? t.n_pos - m0 : p->task_rows, pos = t.pos0 + m0;
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += TASK_ROWS) {
+        size_t n = t.n_pos - m0 < TASK_ROWS ? t.n_pos - m0 : TASK_ROWS, pos = t.pos0 + m0;
         float *o = g->o + pos * hidden + t.col0;
         g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols);
-        for (size_t m = 0; m < n; m++) finish_row(g->cpu->kernels, o + m * hidden, &t.w->down, t.col0, t.n_cols, g->h_factor[pos + m]);
+        for (size_t m = 0; m < n; m++)
+            moe4_cpu_finish_row(g->cpu->kernels, o + m * hidden, &t.w->down, t.col0, t.n_cols, g->h_factor[pos + m]);
     }
 }
 
 moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
-    for (size_t i = 0; i < c->moe->n_groups; i++) {
+    for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
         run_product(c->moe->ctx, g, g->set->hidden, g->set->intermediate, (struct moe4_glu){0}, down_task);
     }

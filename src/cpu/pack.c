@@ -39,8 +39,18 @@ static void *alloc_store(const moe4_ctx *ctx, size_t bytes) {
     return store;
 }
 
+void moe4_repack(moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
+    struct packing all = {.packs = packs, .n = n};
+    size_t tasks = 0;
+    for (size_t i = 0; i < n; i++) {
+        packs[i].first_task = tasks;
+        if (packs[i].matrix->packed) tasks += (packs[i].matrix->w.rows + TASK_COLS - 1) / TASK_COLS;
+    }
+    moe4_pool_run(ctx->pool, tasks, pack_task, &all);
+}
+
 moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
-    size_t bytes = 0, tasks = 0;
+    size_t bytes = 0;
     bool fits = true;
     *store_ret = NULL;
     for (size_t i = 0; i < n; i++) fits &= moe4_add(&bytes, bytes, packs[i].gemm->packed_bytes(&packs[i].matrix->w));
@@ -51,14 +61,10 @@ moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, 
     for (size_t i = 0; i < n; i++) {
         struct moe4_matrix *m = packs[i].matrix;
         const size_t own = packs[i].gemm->packed_bytes(&m->w);
-        packs[i].first_task = tasks;
-        if (!own) continue; /* read in place */
-        m->packed = at;
+        m->packed = own ? at : NULL; /* NULL: read in place */
         at += own;
-        tasks += (m->w.rows + TASK_COLS - 1) / TASK_COLS;
     }
-    struct packing all = {.packs = packs, .n = n};
-    moe4_pool_run(ctx->pool, tasks, pack_task, &all);
+    moe4_repack(ctx, packs, n);
     return MOE4_OK;
 }
 

@@ -28,9 +28,6 @@ static inline uint8_t moe4_tile16_scale(uint8_t e4m3) {
 /* moe4_gemm.packed_bytes and moe4_gemm.pack; col0 is a multiple of 16, and n_cols but for the last columns of the matrix. */
 size_t moe4_tile16_bytes(const moe4_weight *w);
 void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
-#if defined(__x86_64__)
-void moe4_tile16_pack_avx512(void *packed, const moe4_weight *w, size_t col0, size_t n_cols); /* AVX-512 F, BW, VL, DQ, VBMI */
-#endif
 
 /* y[m][c] = rows m against the columns of one tile in `cols`, over all n_chunks of 64 k. */
 typedef void (*moe4_tile16_pass)(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks,
@@ -43,11 +40,13 @@ void moe4_tile16_gemm(float *y, size_t y_ld, const void *const *rows, size_t n_r
 struct moe4_pack {
     const struct moe4_gemm *gemm;
     struct moe4_matrix *matrix;
-    size_t first_task; /* moe4_pack's own */
+    size_t first_task; /* moe4_repack's own */
 };
 
 /* Packs n matrices into one block of memory, *store_ret (for moe4_free; NULL when all are read in place), and points each matrix at its
  * part. All threads pack, and the pages are first touched by them. Huge pages are asked for, not required. Errors: MEMORY. */
 moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
+/* Packs matrices again, whose weights changed, where they are. */
+void moe4_repack(moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
 
 #endif

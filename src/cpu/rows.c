@@ -45,6 +45,12 @@ uint64_t moe4_fp32_pack_row(const struct moe4_kernels *kernels, void *row, float
     return n_saturated;
 }
 
+void moe4_fp32_pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
+                          size_t k) {
+    kernels->dequant_row(row, codes, scales, k, 1.f);
+    *factor_ret = 1;
+}
+
 /* ---- the stage ---- */
 
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg) {
@@ -57,6 +63,10 @@ void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void 
 
 size_t moe4_row_tasks(const moe4_ctx *ctx) {
     return 4 * moe4_ctx_n_threads(ctx);
+}
+
+size_t moe4_row_scratch_bytes(size_t k) {
+    return moe4_fp32_row_bytes(k) + (k / MOE4_BLOCK + 63) / 64 * 64;
 }
 
 /* Encode scale of recipe `activation`: S = 2688/A, at most FLT_MAX; 1 for A = 0. */
@@ -74,12 +84,19 @@ struct run {
     float S;
 };
 
+static float *task_scratch(const struct run *r, size_t task) {
+    return (float *)(void *)((char *)r->s->scratch + task * moe4_row_scratch_bytes(r->s->k));
+}
+
+static size_t source_index(const struct moe4_row_stage *s, size_t i) {
+    return s->index ? (size_t)s->index[i] : i;
+}
+
 static const float *source_row(const struct run *r, size_t task, size_t i) {
     const struct moe4_row_stage *s = r->s;
-    size_t row = s->index ? (size_t)s->index[i] : i;
-    const char *src = (const char *)s->src + row * s->src_ld * moe4_dtype_bytes(s->src_dtype);
-    if (s->src_dtype == MOE4_F32 && !s->weight) return (const float *)src;
-    float *wide = s->scratch + task * (moe4_fp32_row_bytes(s->k) / sizeof *wide);
+    const char *src = (const char *)s->src + source_index(s, i) * s->src_ld * moe4_dtype_bytes(s->src_dtype);
+    if (s->src_dtype == MOE4_F32 && !s->weight) return (const float *)(const void *)src;
+    float *wide = task_scratch(r, task);
     s->ctx->kernels->widen_row(wide, src, s->src_dtype, s->k);
     if (s->weight) s->ctx->kernels->scale_row(wide, s->weight[i], 1.f, s->k);
     return wide;
@@ -121,8 +138,7 @@ static void pack_task(void *arg, size_t task) {
         float amax = s->ctx->kernels->amax_row(x, s->k);
         bool finite = isfinite(amax);
         if (!finite) {
-            float *zeros = s->scratch + task * (moe4_fp32_row_bytes(s->k) / sizeof *zeros);
-            x = memset(zeros, 0, s->k * sizeof *zeros);
+            x = memset(task_scratch(r, task), 0, s->k * sizeof *x);
             amax = 0;
             n_nonfinite++;
         }
@@ -134,10 +150,63 @@ static void pack_task(void *arg, size_t task) {
     atomic_fetch_add(&r->n_nonfinite, n_nonfinite);
 }
 
+/* ---- rows that are NVFP4 already ---- */
+
+/* A row's block scales as linear bytes; docs/format.md has the layouts. */
+static void linear_scales(uint8_t *dst, const moe4_nvfp4_rows *rows, size_t row, size_t n_rows, size_t n) {
+    const uint8_t *src = rows->scales;
+    switch (rows->layout) {
+    case MOE4_SCALES_LINEAR: memcpy(dst, src + row * n, n); break;
+    case MOE4_SCALES_WORDS:
+        for (size_t k = 0; k < n; k++) dst[k] = (uint8_t)(((const uint32_t *)rows->scales)[k / 4 * n_rows + row] >> 8 * (k % 4));
+        break;
+    case MOE4_SCALES_128X4:
+        for (size_t k = 0; k < n; k++) dst[k] = src[(row / 128 * ((n + 3) / 4) + k / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + k % 4];
+        break;
+    }
+}
+
+static void codes_task(void *arg, size_t task) {
+    struct run *r = arg;
+    const struct moe4_row_stage *s = r->s;
+    const moe4_nvfp4_rows *rows = s->src;
+    const struct moe4_kernels *kernels = s->ctx->kernels;
+    size_t row_bytes = s->gemm->row_bytes(s->k), n_blocks = s->k / MOE4_BLOCK;
+    float *wide = task_scratch(r, task);
+    uint8_t *scales = (uint8_t *)wide + moe4_fp32_row_bytes(s->k);
+    uint64_t n_nonfinite = 0;
+    for (size_t i = s->n_rows * task / r->n_tasks; i < s->n_rows * (task + 1) / r->n_tasks; i++) {
+        size_t row = source_index(s, i);
+        const uint8_t *codes = rows->codes + row * (s->k / 2);
+        float global = rows->global[rows->global_per_row ? row : 0] * (s->weight ? s->weight[i] : 1);
+        void *packed = (char *)s->packed + i * row_bytes;
+        uint8_t most = 0;
+        linear_scales(scales, rows, row, s->n_src, n_blocks);
+        for (size_t b = 0; b < n_blocks; b++) most = scales[b] > most ? scales[b] : most;
+        bool finite = most <= 0x7E && isfinite(global);
+        if (!finite) memset(scales, 0, n_blocks);
+        if (s->gemm->pack_codes) {
+            s->gemm->pack_codes(kernels, packed, &s->factor[i], codes, scales, s->k);
+        } else { /* the values are exact in fp32 and in bf16 */
+            const struct moe4_rounding as_is = {.act = s->act == MOE4_ACT_BF16 ? MOE4_ACT_BF16 : MOE4_ACT_W4A16};
+            kernels->dequant_row(wide, codes, scales, s->k, 1.f);
+            s->gemm->pack_row(kernels, packed, &s->factor[i], wide, s->k, &as_is);
+        }
+        s->factor[i] = finite ? s->factor[i] * global : NAN;
+        n_nonfinite += !finite;
+    }
+    atomic_fetch_add(&r->n_nonfinite, n_nonfinite);
+}
+
 void moe4_pack_rows(struct moe4_row_stage *s) {
     struct run r = {.s = s, .n_tasks = moe4_row_tasks(s->ctx)};
     if (r.n_tasks > s->n_rows) r.n_tasks = s->n_rows;
     double work = 10. * (double)s->n_rows * (double)s->k;
+    if (s->src_dtype == MOE4_NVFP4) {
+        moe4_run(s->ctx, r.n_tasks, work, codes_task, &r);
+        s->n_nonfinite = r.n_nonfinite;
+        return;
+    }
     if (s->act == MOE4_ACT_TENSOR) {
         moe4_run(s->ctx, r.n_tasks, work, amax_task, &r);
         float amax;

@@ -12,15 +12,19 @@ size_t moe4_fp32_row_bytes(size_t k);
 uint64_t moe4_fp32_pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                             const struct moe4_rounding *rounding);
 
+/* moe4_gemm.pack_codes of families of fp32 rows. */
+void moe4_fp32_pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
+                          size_t k);
+
 /* Rounds and packs n_rows rows of k elements. Row i comes from source row index[i], or i. */
 struct moe4_row_stage {
     moe4_ctx *ctx;
     const struct moe4_gemm *gemm;
     moe4_act act;
     size_t n_rows, k;
-    const void *src;
+    const void *src; /* NVFP4: a moe4_nvfp4_rows of n_src rows */
     moe4_dtype src_dtype;
-    size_t src_ld;
+    size_t src_ld, n_src;
     const int32_t *index;
     const float *weight;      /* [n_rows] factors applied to the rows first, or NULL */
     const float *input_scale; /* STATIC: [n_rows], or one for all with one_input_scale */
@@ -32,6 +36,15 @@ struct moe4_row_stage {
 };
 void moe4_pack_rows(struct moe4_row_stage *stage);
 size_t moe4_row_tasks(const moe4_ctx *ctx);
+/* Scratch of one task for rows of k elements: fp32 values and linear block scales; a multiple of 64. */
+size_t moe4_row_scratch_bytes(size_t k);
+
+/* A row of a product's results, columns [col0, col0 + n_cols): y = y * global * factor + bias. */
+static inline void moe4_cpu_finish_row(const struct moe4_kernels *kernels, float *y, const moe4_weight *w, size_t col0, size_t n_cols,
+                                       float factor) {
+    kernels->scale_row(y, w->global, factor, n_cols);
+    if (w->bias) kernels->add_scaled_row(y, w->bias + col0, 1.f, n_cols);
+}
 
 /* moe4_pool_run, or plainly on the caller when `work` (multiply-adds, or elements times ten) would not pay for waking a worker. */
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg);
