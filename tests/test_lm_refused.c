@@ -132,7 +132,7 @@ static void test_hostile_configs(void **state) {
         {TINY, "\"rope_type\": \"default\"", "\"rope_type\": 7", MOE4_ERROR_FORMAT, "rope_parameters"},
         {TINY, "\"rope_parameters\": {", "\"rope_scaling\": 7, \"rope_parameters\": {", MOE4_ERROR_FORMAT, "rope_scaling"},
         {TINY, "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": \"small\"", MOE4_ERROR_FORMAT, "rms_norm_eps"},
-        {TINY, "\"max_position_embeddings\": 128", "\"max_position_embeddings\": 0", MOE4_ERROR_FORMAT, "max_position_embeddings"},
+        {TINY, "\"max_position_embeddings\": 512", "\"max_position_embeddings\": 0", MOE4_ERROR_FORMAT, "max_position_embeddings"},
         {TINY, "\"vocab_size\": 97", "\"vocab_size\": 98", MOE4_ERROR_FORMAT, "98"},
         {TINY, "\"hidden_size\": 32", "\"hidden_size\": 64", MOE4_ERROR_FORMAT, "64"},
         {TINY, "\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4", MOE4_ERROR_NOT_FOUND, "model.layers.3."},

@@ -14,9 +14,10 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen
 
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, max_position_embeddings=128, num_experts_per_tok=3, attn_implementation="eager", experts_implementation="eager",
+    head_dim=16, max_position_embeddings=512, num_experts_per_tok=3, attn_implementation="eager", experts_implementation="eager",
 )
-N_TOKENS = 80  # more than one block of keys
+N_TOKENS = {"glm4-moe": 300}  # several blocks of keys
+N_TOKENS_OTHERS = 80
 
 MODELS = {
     # every option of the family that the bundled model leaves off
@@ -52,7 +53,7 @@ def make(folder, name, model_class, config_class, options, seed):
     torch.manual_seed(seed)
     model = model_class(config_class(**{**COMMON, **options})).eval()
     randomize(model, seed)
-    tokens = torch.randint(0, COMMON["vocab_size"], (N_TOKENS,), generator=torch.Generator().manual_seed(seed + 1))
+    tokens = torch.randint(0, COMMON["vocab_size"], (N_TOKENS.get(name, N_TOKENS_OTHERS),), generator=torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
         logits = model(tokens[None]).logits[0].float()
         logits64 = model.double()(tokens[None]).logits[0]
