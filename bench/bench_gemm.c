@@ -220,6 +220,10 @@ int main(int argc, char **argv) {
         if (e == 0) printf("%s, pack %.2f GB/s read + written\n", b.gemm->name, 2. * (double)b.gemm->packed_bytes(&m->w) / t / 1e9);
         m->packed = packed;
     }
+    const bool avx512 = strncmp(kernels.isa, "avx512", 6) == 0;
+    const enum ceiling step = act == MOE4_ACT_W4A16 ? (avx512 ? CEILING_W4A16 : CEILING_AVX2_FMA)
+                              : avx512              ? CEILING_W4A4
+                                                    : CEILING_AVX2_W4A4;
     for (const char *at = tokens; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
         b.T = strtoul(at, NULL, 10);
         b.rows = huge(b.T * b.gemm->row_bytes(b.K));
@@ -233,7 +237,7 @@ int main(int argc, char **argv) {
             for (size_t i = 0; i < b.K; i++) x[i] = (float)(int64_t)random_bits() * 0x1p-62f;
             b.gemm->pack_row(&kernels, b.rows + t * b.gemm->row_bytes(b.K), &factor, x, b.K, &rounding);
         }
-        measure(&b, budget, act == MOE4_ACT_W4A16 ? CEILING_W4A16 : CEILING_W4A4);
+        measure(&b, budget, step);
         free(x);
         free(b.row);
         free(b.start);

@@ -90,6 +90,7 @@ static int find_ceiling(const char *isa, moe4_act act) {
     const bool avx512 = strncmp(isa, "avx512", 6) == 0;
     if (strcmp(isa, "avx512bf16") == 0 && act == MOE4_ACT_W4A16) return CEILING_W4A16;
     if (avx512 && act != MOE4_ACT_W4A16) return CEILING_W4A4;
+    if (strcmp(isa, "avx2") == 0 && act != MOE4_ACT_W4A16) return CEILING_AVX2_W4A4;
     if (avx512 || strcmp(isa, "avx2") == 0) return CEILING_AVX2_FMA;
     return -1;
 }

@@ -1,0 +1,175 @@
+/* w4a4 on AVX2: the exact integer block dots of gemm_avx512.c through vpmaddubsw, eight columns at a time.
+ *
+ *   per 8 columns x 16 k and row:   words = dot2(2w + 12, 2a), four times, added      4 vpmaddubsw, 3 adds
+ *                                   s = pairs of words + start                        vpmaddwd by ones, add
+ *                                   acc += float(s) * (sw * sa)                       convert, multiply, FMA
+ *
+ * No sum of words overflows: 8 * 24 * 12 = 2304. The order of a sum is over blocks in order of k. */
+#include "pack.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx2,fma")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+enum { MAX_ROWS = 6 /* rows of one pass: accumulators, four decoded weights, scales and temporaries fill the 16 registers */ };
+
+/* 64 k of an activation row; k in the order 0 2 4 6 1 3 5 7 8 10 12 14 9 11 13 15, as the packed nibbles come out. */
+struct chunk {
+    int8_t a[4][16];
+    int32_t start[4]; /* -12 * sum of a[b] */
+    float scale[4];
+};
+_Static_assert(sizeof(struct chunk) == 96, "packed activation chunk");
+
+/* pack.h's scale byte at bits 20..27 of a float is (8 + mantissa) * 2^(exponent - 130). With 96 more in the exponent it is normal and 2^21
+ * short of the block scale; both codes were doubled. */
+#define SCALE_BIAS 96
+#define LAST_FACTOR 0x1p19f
+
+INLINE __m256i dot2(__m256i w, const int8_t *a) {
+    int32_t four;
+    memcpy(&four, a, sizeof four);
+    return _mm256_maddubs_epi16(w, _mm256_set1_epi32(four));
+}
+
+/* acc[m] += block b of rows m < n_rows against eight columns of one tile. */
+INLINE void block(__m256 *acc, const void *const *rows, size_t i, const struct moe4_tile16 *w, const int b, const int half,
+                  const int n_rows) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const __m256i x = _mm256_load_si256((const __m256i *)(const void *)(w->code[b][0] + 32 * half));
+    const __m256i z = _mm256_load_si256((const __m256i *)(const void *)(w->code[b][1] + 32 * half));
+    const __m256i w0 = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
+    const __m256i w1 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+    const __m256i w2 = _mm256_shuffle_epi8(table, _mm256_and_si256(z, nibble));
+    const __m256i w3 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(z, 4), nibble));
+    const __m256i scales = _mm256_load_si256((const __m256i *)(const void *)w->scale[8 * half]);
+    const __m256i shifted = b < 3 ? _mm256_slli_epi32(scales, 20 - 8 * b) : _mm256_srli_epi32(scales, 4);
+    const __m256i bits = _mm256_and_si256(shifted, _mm256_set1_epi32(0xff << 20));
+    const __m256 sw = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(SCALE_BIAS << 23)));
+#pragma GCC unroll 8
+    for (int m = 0; m < n_rows; m++) {
+        const struct chunk *a = (const struct chunk *)rows[m] + i;
+        const __m256i s01 = _mm256_add_epi16(dot2(w0, a->a[b]), dot2(w1, a->a[b] + 4));
+        const __m256i s23 = _mm256_add_epi16(dot2(w2, a->a[b] + 8), dot2(w3, a->a[b] + 12));
+        const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(_mm256_add_epi16(s01, s23), ones), _mm256_set1_epi32(a->start[b]));
+        acc[m] = _mm256_fmadd_ps(_mm256_mul_ps(sw, _mm256_set1_ps(a->scale[b])), _mm256_cvtepi32_ps(s), acc[m]);
+    }
+}
+
+TARGET static void store(float *y, __m256 acc, size_t cols) {
+    const __m256 last = _mm256_mul_ps(acc, _mm256_set1_ps(LAST_FACTOR));
+    if (cols >= 8) {
+        _mm256_storeu_ps(y, last);
+    } else {
+        float out[8];
+        _mm256_storeu_ps(out, last);
+        memcpy(y, out, cols * sizeof *y);
+    }
+}
+
+/* y[m][0..16) = rows m < n_rows, all of K, against one tile: both halves of its columns in one go for few rows, in turn for many. */
+INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, uint16_t cols,
+                      const int n_rows) {
+    const int together = n_rows <= MAX_ROWS / 2 ? 2 : 1;
+    const size_t n_cols = (size_t)__builtin_popcount(cols);
+    for (int half = 0; half < 2; half += together) {
+        __m256 acc[2][MAX_ROWS];
+#pragma GCC unroll 8
+        for (int m = 0; m < n_rows; m++) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
+        for (size_t i = 0; i < n_chunks; i++) {
+#pragma GCC unroll 16
+            for (size_t line = 0; line < sizeof *w; line += 64) /* as in gemm_avx512.c */
+                if (half == 0 && (n_rows > 1 || line == 0))
+                    _mm_prefetch((const char *)(w + i) + (n_rows > 1 ? 8192 : 4096) + line, _MM_HINT_T1);
+#pragma GCC unroll 4
+            for (int b = 0; b < 4; b++) {
+                block(acc[0], rows, i, w + i, b, together == 2 ? 0 : half, n_rows);
+                if (together == 2) block(acc[1], rows, i, w + i, b, 1, n_rows);
+            }
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < together; h++)
+#pragma GCC unroll 8
+            for (int m = 0; m < n_rows; m++)
+                if (n_cols > (size_t)(8 * (half + h))) store(y + m * y_ld + 8 * (half + h), acc[h][m], n_cols - (size_t)(8 * (half + h)));
+    }
+}
+
+#define PASS(n)                                                                                                               \
+    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
+                                uint16_t cols) {                                                                              \
+        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
+    }
+PASS(1)
+PASS(2)
+PASS(3)
+PASS(4)
+PASS(5)
+PASS(6)
+static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL, pass_1, pass_2, pass_3, pass_4, pass_5, pass_6};
+
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS);
+}
+
+static size_t row_bytes(size_t k) {
+    return ((k + 63) / 64 * sizeof(struct chunk) + 63) / 64 * 64;
+}
+
+/* One chunk from 32 bytes of codes and 4 scales. */
+TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const uint8_t scales[4]) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m256i nibble = _mm256_set1_epi8(15), x = _mm256_loadu_si256((const __m256i *)(const void *)codes);
+    const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
+    const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+    const __m256i b02 = _mm256_unpacklo_epi32(even, odd), b13 = _mm256_unpackhi_epi32(even, odd);
+    _mm_storeu_si128((__m128i *)(void *)a->a[0], _mm256_castsi256_si128(b02));
+    _mm_storeu_si128((__m128i *)(void *)a->a[1], _mm256_castsi256_si128(b13));
+    _mm_storeu_si128((__m128i *)(void *)a->a[2], _mm256_extracti128_si256(b02, 1));
+    _mm_storeu_si128((__m128i *)(void *)a->a[3], _mm256_extracti128_si256(b13, 1));
+    for (int b = 0; b < 4; b++) {
+        int32_t sum = 0;
+        for (int i = 0; i < 16; i++) sum += a->a[b][i];
+        a->start[b] = -12 * sum;
+        a->scale[b] = moe4_e4m3_to_float(scales[b]);
+    }
+}
+
+static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                         const struct moe4_rounding *rounding) {
+    enum { STEP = 512 };
+    const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
+    struct chunk *a = row;
+    uint64_t n_saturated = 0;
+    for (size_t at = 0; at < k; at += STEP) {
+        uint8_t codes[STEP / 2], scales[STEP / MOE4_BLOCK];
+        const size_t n = k - at < STEP ? k - at : STEP;
+        n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
+        if (n % 64) { /* the last chunk: blocks past the end are zero */
+            memset(codes + n / 2, 0, sizeof codes - n / 2);
+            memset(scales + n / MOE4_BLOCK, 0, sizeof scales - n / MOE4_BLOCK);
+        }
+        for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
+    }
+    *factor_ret = rounding->decode;
+    return n_saturated;
+}
+
+static const struct moe4_gemm w4a4 = {
+    .name = "w4a4 avx2",
+    .tile_cols = 16,
+    .packed_bytes = moe4_tile16_bytes,
+    .pack = moe4_tile16_pack,
+    .row_bytes = row_bytes,
+    .pack_row = pack_row,
+    .gemm = gemm,
+};
+
+void moe4_kernels_gemm_avx2_w4a4(struct moe4_kernels *k) {
+    k->w4a4 = &w4a4;
+}
+#endif
