@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* ---- steps ---- */
 
@@ -83,9 +84,25 @@ moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs,
     return MOE4_OK;
 }
 
+static bool all_finite(const float *x, size_t n) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bad |= (bits & 0x7F800000u) == 0x7F800000u;
+    }
+    return !bad;
+}
+
 moe4_status lm_logits(struct lm_run *run, float *logits, size_t row0, size_t n_rows) {
-    run->model->lm->error[0] = '\0';
-    return linear(run, run->model->head, &logits, run->h + row0 * run->model->config.info.hidden, n_rows);
+    struct lm *lm = run->model->lm;
+    size_t vocab = run->model->config.info.vocab;
+    lm->error[0] = '\0';
+    LM_TRY(lm, linear(run, run->model->head, &logits, run->h + row0 * run->model->config.info.hidden, n_rows));
+    for (size_t row = 0; row < n_rows; row++)
+        LM_CHECK(lm, all_finite(logits + row * vocab, vocab), MOE4_ERROR_FORMAT,
+                 "the model's logits after token %zu of the call are not finite", row0 + row);
+    return MOE4_OK;
 }
 
 void lm_run_reset(struct lm_run *run) {

@@ -143,7 +143,7 @@ void lm_run_destroy(struct lm_run *run);
  * is then what lm_head reads. Same tokens, same bits, in one call or many, whatever the threads (act tensor excepted).
  * Errors: ARGUMENT (a token past the vocabulary, more positions than the context has). */
 moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs, size_t n_new);
-/* logits [n_rows, vocab] of rows [row0, row0 + n_rows) of the last lm_forward. */
+/* logits [n_rows, vocab] of rows [row0, row0 + n_rows) of the last lm_forward. Errors: FORMAT (a logit is NaN or Inf). */
 moe4_status lm_logits(struct lm_run *run, float *logits, size_t row0, size_t n_rows);
 /* Forgets all positions. */
 void lm_run_reset(struct lm_run *run);

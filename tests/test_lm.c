@@ -186,6 +186,21 @@ static void test_windows(void **state) {
     close_model(&o);
 }
 
+/* A model that has gone wrong inside says so instead of a figure. */
+static void test_not_finite(void **state) {
+    (void)state;
+    struct opened o;
+    open_model(&o, BUNDLED, MOE4_ACT_TOKEN, 0);
+    o.model->layers[2].input_norm[5] = NAN;
+    static int32_t text[] = {'m', 'o', 'e'};
+    struct lm_tokens tokens = {text, 3};
+    struct lm_bits_options options = {64, 1, NULL, NULL};
+    struct lm_bits bits;
+    assert_int_equal(lm_bits_measure(o.model, &bits, &tokens, &options), MOE4_ERROR_FORMAT);
+    assert_non_null(strstr(o.lm.error, "not finite"));
+    close_model(&o);
+}
+
 static void test_context_ends(void **state) {
     (void)state;
     struct opened o;
@@ -304,6 +319,7 @@ int main(void) {
         cmocka_unit_test(test_bits_of_excerpt),
         cmocka_unit_test(test_unquantized_model),
         cmocka_unit_test(test_windows),
+        cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_context_ends),
         cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_token_files),
