@@ -1,0 +1,69 @@
+/* The plug-in's own state in a context, and the little that its C files share. */
+#ifndef MOE4_CUDA_DEVICE_H
+#define MOE4_CUDA_DEVICE_H
+
+#include "../plugin.h"
+#include "kernels.h"
+
+struct moe4_cuda_device {
+    int index, major, minor, n_sms;
+    char name[256];
+};
+
+static inline const struct moe4_cuda_device *moe4_cuda_of(const moe4_ctx *ctx) {
+    return ctx->device;
+}
+
+/* Records "what: CUDA's text" unless error is cudaSuccess. */
+moe4_status moe4_cuda_check(const moe4_ctx *ctx, cudaError_t error, const char *what);
+#define CUDA_TRY(ctx, expr, what) MOE4_TRY(moe4_cuda_check(ctx, expr, what))
+
+/* Makes the context's device the thread's current one; leave gives the thread its own back. */
+struct moe4_cuda_current {
+    int before;
+};
+moe4_status moe4_cuda_enter(const moe4_ctx *ctx, struct moe4_cuda_current *saved);
+void moe4_cuda_leave(struct moe4_cuda_current saved);
+
+/* Device memory: MEMORY with the bytes asked for and the bytes free. */
+moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, const char *what);
+/* Is `data` memory that this context's device reads? ARGUMENT otherwise. */
+moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what);
+
+/* experts.c: packed weights. pack.. takes data and scales from host or device memory through one staging buffer. */
+struct moe4_cuda_stage {
+    uint8_t *data;
+    size_t bytes;
+};
+size_t moe4_cuda_stage_bytes(const moe4_weight *w);
+moe4_status moe4_cuda_pack_weight(const moe4_ctx *ctx, uint8_t *packed, const moe4_weight *w, int interleave,
+                                  struct moe4_cuda_stage *stage);
+moe4_status moe4_cuda_experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts);
+void moe4_cuda_experts_release(moe4_ctx *ctx, struct moe4_experts *experts);
+moe4_status moe4_cuda_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what, bool *host_ret);
+
+/* moe.c */
+moe4_status moe4_cuda_moe_check(const moe4_ctx *ctx, const moe4_moe_options *o);
+bool moe4_cuda_moe_bytes(size_t *bytes, const moe4_moe *moe, size_t n_tokens);
+moe4_status moe4_cuda_begin(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_dispatch(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_quantize_x(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_gate_up_stage(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_quantize_h_stage(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_down_stage(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_combine_stage(const struct moe4_moe_call *c);
+moe4_status moe4_cuda_report(const struct moe4_moe_call *c, moe4_moe_report *report, uint64_t *tokens_per_expert);
+
+/* run.c: a run's kernels and its workspace. */
+void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device);
+bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device);
+void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);
+
+/* linear.c */
+moe4_status moe4_cuda_linear_prepare(moe4_linear *l);
+void moe4_cuda_linear_release(moe4_linear *l);
+bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens);
+moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c);
+moe4_status moe4_cuda_select(const struct moe4_select_call *c);
+
+#endif

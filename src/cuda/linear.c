@@ -1,0 +1,238 @@
+/* Linear on the device. NVFP4 matrices run as the down product of a layer with one expert that every token visits, h being x; unquantized
+ * ones (router gates) as plain fp32 products. Also a router's selection. */
+#include "device.h"
+
+#include "nvfp4_layout.h"
+
+struct matrix {
+    struct moe4_packed_experts packed; /* NVFP4 */
+    void *plain;                       /* otherwise: the matrix as stored */
+};
+
+struct prepared {
+    uint8_t *packed; /* of all matrices */
+    float *numbers;  /* alpha of each matrix, then the input scale */
+    struct matrix matrix[];
+};
+
+/* A matrix as the down projection of one expert; x is rounded as if by a layer whose hidden size is K. */
+static struct moe4_packed_experts as_down(const moe4_weight *w) {
+    struct moe4_packed_experts p = {.n = 1, .hidden = (int)w->rows, .intermediate = (int)w->cols};
+    p.intermediate_units = moe4_units(w->cols);
+    p.down_tiles = moe4_units(w->rows);
+    p.down_bytes = (size_t)p.down_tiles * (size_t)p.intermediate_units * MOE4_UNIT_BYTES;
+    return p;
+}
+
+static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
+    const moe4_ctx *ctx = l->ctx;
+    size_t bytes = 0, stage_bytes = 0;
+    void *data = NULL, *numbers = NULL;
+    for (size_t i = 0; i < l->n_weights; i++) {
+        p->matrix[i].packed = as_down(&l->weight[i]);
+        MOE4_CHECK(ctx, moe4_add(&bytes, bytes, p->matrix[i].packed.down_bytes), MOE4_ERROR_MEMORY, "weight %zu is too large", i);
+        size_t need = moe4_cuda_stage_bytes(&l->weight[i]);
+        if (need > stage_bytes) stage_bytes = need;
+    }
+    MOE4_TRY(moe4_cuda_alloc(ctx, &data, bytes, "packed weights"));
+    p->packed = data;
+    CUDA_TRY(ctx, cudaMemset(p->packed, 0, bytes), "packed weights"); /* the padding is zeros */
+    MOE4_TRY(moe4_cuda_alloc(ctx, &numbers, (l->n_weights + 1) * sizeof(float), "weight scales"));
+    p->numbers = numbers;
+    struct moe4_cuda_stage stage = {.bytes = stage_bytes};
+    MOE4_TRY(moe4_cuda_alloc(ctx, &data, stage_bytes, "staging of one matrix"));
+    stage.data = data;
+    moe4_status status = MOE4_OK;
+    uint8_t *at = p->packed;
+    for (size_t i = 0; i <= l->n_weights && status == MOE4_OK; i++) {
+        float v = i < l->n_weights ? l->weight[i].global * MOE4_DECODE_FACTOR : l->input_scale;
+        status = moe4_cuda_check(ctx, cudaMemcpy(p->numbers + i, &v, sizeof v, cudaMemcpyHostToDevice), "weight scales");
+        if (i == l->n_weights || status != MOE4_OK) break;
+        p->matrix[i].packed.down = at;
+        p->matrix[i].packed.alpha_down = p->numbers + i;
+        p->matrix[i].packed.scale_x = p->numbers + l->n_weights;
+        status = moe4_cuda_pack_weight(ctx, at, &l->weight[i], 0, &stage);
+        at += p->matrix[i].packed.down_bytes;
+    }
+    if (status == MOE4_OK) status = moe4_cuda_check(ctx, cudaStreamSynchronize(NULL), "packing");
+    cudaFree(stage.data);
+    return status;
+}
+
+static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
+    for (size_t i = 0; i < l->n_weights; i++) {
+        const moe4_weight *w = &l->weight[i];
+        size_t bytes = w->rows * w->cols * (w->dtype == MOE4_F32 ? 4 : 2);
+        MOE4_TRY(moe4_cuda_alloc(l->ctx, &p->matrix[i].plain, bytes, "weights"));
+        CUDA_TRY(l->ctx, cudaMemcpy(p->matrix[i].plain, w->data, bytes, cudaMemcpyDefault), "copying weights to the device");
+    }
+    return MOE4_OK;
+}
+
+moe4_status moe4_cuda_linear_prepare(moe4_linear *l) {
+    for (size_t i = 0; i < l->n_weights; i++)
+        MOE4_CHECK(l->ctx, l->weight[i].rows <= 1 << 24 && l->cols <= 1 << 24, MOE4_ERROR_UNSUPPORTED,
+                   "weight %zu: %zu x %zu; on a device at most 2^24 x 2^24", i, l->weight[i].rows, l->cols);
+    struct prepared *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
+    if (!p) return MOE4_ERROR_MEMORY;
+    l->prepared = p; /* release frees what a failure leaves */
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(l->ctx, &saved));
+    moe4_status status = l->weight->dtype == MOE4_NVFP4 ? prepare_nvfp4(l, p) : prepare_plain(l, p);
+    moe4_cuda_leave(saved);
+    return status;
+}
+
+void moe4_cuda_linear_release(moe4_linear *l) {
+    struct prepared *p = l->prepared;
+    struct moe4_cuda_current saved;
+    if (!p) return;
+    if (moe4_cuda_enter(l->ctx, &saved) == MOE4_OK) {
+        cudaFree(p->packed);
+        cudaFree(p->numbers);
+        for (size_t i = 0; i < l->n_weights; i++) cudaFree(p->matrix[i].plain);
+        moe4_cuda_leave(saved);
+    }
+    moe4_free(l->ctx, p);
+    l->prepared = NULL;
+}
+
+/* ---- forward ---- */
+
+/* The run that rounds x and lists its tiles, and the place of the widest result. */
+static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4_linear *l, size_t n_tokens, void *base) {
+    const struct prepared *p = l->prepared;
+    struct moe4_carver c = {.base = base};
+    size_t widest = 0;
+    *bytes = 0;
+    if (l->weight->dtype != MOE4_NVFP4) return true;
+    *r = (struct moe4_layer_run){.w = p->matrix->packed,
+                                 .act = l->o.act,
+                                 .n_tokens = (int)n_tokens,
+                                 .top_k = 1,
+                                 .owner = l,
+                                 .x_dtype = l->o.x_dtype,
+                                 .x_in_ld = l->o.x_ld};
+    moe4_cuda_choose_kernel(r, moe4_cuda_of(l->ctx));
+    for (size_t i = 0; i < l->n_weights; i++) {
+        if (l->weight[i].rows > widest) widest = l->weight[i].rows;
+        if (p->matrix[i].packed.down_tiles % 2 && r->row_tiles_per_item == 2) { /* one choice for all matrices */
+            r->row_tiles_per_item = 1;
+            r->blocks_per_sm = 2;
+        }
+    }
+    moe4_cuda_carve_run(&c, r, false);
+    *o = l->o.y_dtype == MOE4_F32 ? NULL : moe4_carve(&c, n_tokens, widest * sizeof **o);
+    *bytes = c.used;
+    return !c.overflow && (double)r->max_tiles * (double)moe4_units(widest) < INT32_MAX;
+}
+
+bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens) {
+    struct moe4_layer_run r;
+    float *o;
+    return carve(bytes, &r, &o, l, n_tokens, NULL);
+}
+
+static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_layer_run r, size_t i, float *o) {
+    const moe4_linear *l = c->linear;
+    const struct prepared *p = l->prepared;
+    const struct moe4_cuda_device *device = moe4_cuda_of(l->ctx);
+    r.w = p->matrix[i].packed;
+    r.o = o ? o : c->y[i];
+    cudaError_t error =
+        moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream) : moe4_cuda_down(&r, c->stream);
+    if (error == cudaSuccess && o) error = moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
+    return error;
+}
+
+static cudaError_t run_nvfp4(const struct moe4_linear_call *c) {
+    const moe4_linear *l = c->linear;
+    struct moe4_layer_run r;
+    float *o;
+    size_t bytes;
+    carve(&bytes, &r, &o, l, c->n_tokens, c->workspace);
+    struct moe4_layer_run rounds = r;
+    rounds.w.hidden = r.w.intermediate;
+    rounds.w.hidden_units = r.w.intermediate_units;
+    rounds.x_in = c->x;
+    cudaError_t error = moe4_cuda_prepare(&rounds, c->stream);
+    r.h = r.x;
+    r.h_factor = r.x_factor;
+    for (size_t i = 0; i < l->n_weights && error == cudaSuccess; i++) error = run_product(c, r, i, o);
+    return error;
+}
+
+static cudaError_t run_plain(const struct moe4_linear_call *c) {
+    const moe4_linear *l = c->linear;
+    const struct prepared *p = l->prepared;
+    cudaError_t error = cudaSuccess;
+    for (size_t i = 0; i < l->n_weights && error == cudaSuccess; i++) {
+        struct moe4_wide_product product = {.y = c->y[i],
+                                            .x = c->x,
+                                            .w = p->matrix[i].plain,
+                                            .y_dtype = l->o.y_dtype,
+                                            .x_dtype = l->o.x_dtype,
+                                            .w_dtype = l->weight[i].dtype,
+                                            .x_ld = l->o.x_ld,
+                                            .T = (int)c->n_tokens,
+                                            .N = (int)l->weight[i].rows,
+                                            .K = (int)l->cols};
+        error = moe4_cuda_wide(&product, c->stream);
+    }
+    return error;
+}
+
+/* The one thing here that waits for the stream, and only when it is asked for. */
+static moe4_status count_saturated(const struct moe4_linear_call *c) {
+    const moe4_linear *l = c->linear;
+    *c->n_saturated = 0;
+    if (l->weight->dtype != MOE4_NVFP4 || l->o.act == MOE4_ACT_W4A16 || !c->n_tokens) return MOE4_OK;
+    struct moe4_layer_run r;
+    float *o;
+    size_t bytes;
+    carve(&bytes, &r, &o, l, c->n_tokens, c->workspace);
+    int *host = moe4_calloc(l->ctx, c->n_tokens, sizeof *host, "moe4_linear_forward");
+    if (!host) return MOE4_ERROR_MEMORY;
+    cudaError_t error = cudaMemcpyAsync(host, r.x_saturated, c->n_tokens * sizeof *host, cudaMemcpyDeviceToHost, c->stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(c->stream);
+    for (size_t t = 0; t < c->n_tokens && error == cudaSuccess; t++) *c->n_saturated += (uint64_t)host[t];
+    moe4_free(l->ctx, host);
+    return moe4_cuda_check(l->ctx, error, "moe4_linear_forward: counting saturated blocks");
+}
+
+moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c) {
+    const moe4_linear *l = c->linear;
+    const moe4_ctx *ctx = l->ctx;
+    if (c->n_tokens) {
+        if (c->workspace) MOE4_TRY(moe4_cuda_check_pointer(ctx, c->workspace, "moe4_linear_forward: workspace"));
+        MOE4_TRY(moe4_cuda_check_pointer(ctx, c->x, "moe4_linear_forward: x"));
+        for (size_t i = 0; i < l->n_weights; i++) MOE4_TRY(moe4_cuda_check_pointer(ctx, c->y[i], "moe4_linear_forward: y"));
+    }
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
+    moe4_status status = MOE4_OK;
+    if (c->n_tokens) status = moe4_cuda_check(ctx, l->weight->dtype == MOE4_NVFP4 ? run_nvfp4(c) : run_plain(c), "moe4_linear_forward");
+    if (status == MOE4_OK && c->n_saturated) status = count_saturated(c);
+    moe4_cuda_leave(saved);
+    return status;
+}
+
+/* ---- routers ---- */
+
+moe4_status moe4_cuda_select(const struct moe4_select_call *c) {
+    const moe4_router *r = c->router;
+    const moe4_ctx *ctx = r->ctx;
+    if (!c->n_tokens) return MOE4_OK;
+    MOE4_CHECK(ctx, r->o.n_experts <= MOE4_MAX_DEVICE_ROUTES, MOE4_ERROR_UNSUPPORTED, "router: %zu experts, on a device at most %d",
+               r->o.n_experts, MOE4_MAX_DEVICE_ROUTES);
+    MOE4_CHECK(ctx, r->o.kind != MOE4_ROUTER_HASH && !c->alt_bias, MOE4_ERROR_UNSUPPORTED, "router: %s does not run on a device yet",
+               c->alt_bias ? "a second bias" : "choosing by token id");
+    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->topk_ids, "topk_ids"));
+    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->topk_weights, "topk_weights"));
+    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->logits, "logits"));
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
+    cudaError_t error = moe4_cuda_select_topk(c->topk_ids, c->topk_weights, c->logits, c->n_tokens, &r->o, r->bias, c->stream);
+    moe4_cuda_leave(saved);
+    return moe4_cuda_check(ctx, error, "router");
+}

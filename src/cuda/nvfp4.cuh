@@ -1,0 +1,135 @@
+/* NVFP4 on the device: rounding to it (bit-equal to docs/numerics.md) and the exact decode of packed weights to bf16.
+ *
+ * Packed weights. A unit is 64 rows x 64 k in 2304 contiguous bytes: 2048 of codes, then 256 of scales. Units are ordered
+ * [expert][row tile of 64][k / 64], K and N padded with zeros. k is permuted inside a unit so that lane 4g+c of a warp owns the
+ * scale block c (k = 16c .. 16c+15) of rows g and g+8 of each 16-row tile m:
+ *
+ *   codes  at 512m + 16 lane: four words, word q = an A fragment of m16n8k16 with
+ *          element pairs 0: row g,   k 16c+4q+0,1     1: row g+8, the same k
+ *                        2: row g,   k 16c+4q+2,3     3: row g+8, the same k
+ *   scales at 2048 + 8 lane: byte 2m = row g, byte 2m+1 = row g+8
+ *
+ * The B fragment of step q is then x[16c+4q .. 16c+4q+3]: a lane reads 16 consecutive activations for the four steps of a unit.
+ *
+ * A code's bits (s, e1, e0, m) are stored where a mask, after a rotate, drops them into the fields of a bf16: sign at 15, e1 e0 at
+ * 8 7, m at 6. Read as bf16 that is the value times 2^-126 (subnormal for 0.5), so ONE multiply by scale * 2^118 gives value * scale *
+ * 2^-8, exactly: at most 6 significant bits, 2^-18 .. 2^3.4. The 2^8 goes into the fp32 alpha of the product. Scales are re-encoded
+ * as normalised bytes, 5 exponent bits over 3 mantissa bits, so that the multiplier's bits are (byte << 4) + a constant. */
+#ifndef MOE4_CUDA_NVFP4_CUH
+#define MOE4_CUDA_NVFP4_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <float.h>
+#include <stdint.h>
+
+#include "nvfp4_layout.h"
+
+/* ---- decode ---- */
+
+static __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 900
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u)); /* a * b + -0: the same bits */
+#endif
+    return r;
+}
+
+/* Byte `I` of four packed scales as a bf16x2 multiplier, scale * 2^118 in both halves. */
+template <int I> static __device__ __forceinline__ uint32_t scale_multiplier(uint32_t scales) {
+    uint32_t both = __byte_perm(scales, 0, 0x4040 | I | I << 8);
+    return both * 16u + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
+}
+
+/* One packed word -> an A fragment. Field positions within each 16-bit half (half 0 and 1: even and odd k of the pair):
+ *   pair 0: s e1 e0 m at 15 8 7 6                   in place
+ *   pair 1:              9 2 1 0                    after << 6
+ *   pair 2:              3 of the other half, 12 11 10   after a rotate right by 4
+ *   pair 3: s at 5 of the other half, e1 e0 at 14 13     after a rotate right by 6;   m at 4, after << 2 */
+static __device__ __forceinline__ void decode_word(uint32_t a[4], uint32_t w, uint32_t scale_g, uint32_t scale_g8) {
+    const uint32_t fields = 0x81C081C0u;
+    a[0] = mul_bf16x2(w & fields, scale_g);
+    a[1] = mul_bf16x2((w << 6) & fields, scale_g8);
+    a[2] = mul_bf16x2(__funnelshift_r(w, w, 4) & fields, scale_g);
+    a[3] = mul_bf16x2((__funnelshift_r(w, w, 6) & 0x81808180u) | ((w << 2) & 0x00400040u), scale_g8);
+}
+
+/* ---- packing, the reverse ---- */
+
+/* code[pair][half] -> the word that decode_word takes. */
+static __host__ __device__ inline uint32_t pack_word(const uint8_t code[4][2]) {
+    uint32_t w = 0;
+    for (int half = 0; half < 2; half++) {
+        int here = 16 * half, other = 16 - here;
+        uint32_t c = code[0][half];
+        w |= (c >> 3) << (here + 15) | (c & 7) << (here + 6);
+        c = code[1][half];
+        w |= (c >> 3) << (here + 9) | (c & 7) << here;
+        c = code[2][half];
+        w |= (c >> 3) << (other + 3) | (c & 7) << (here + 10);
+        c = code[3][half];
+        w |= (c >> 3) << (other + 5) | (c >> 1 & 3) << (here + 13) | (c & 1) << (here + 4);
+    }
+    return w;
+}
+
+/* The normalised byte of |scale| for an E4M3 byte that is not zero; NaN becomes a byte whose multiplier is NaN. */
+static __host__ __device__ inline uint8_t pack_scale(uint8_t e4m3) {
+    uint32_t e = e4m3 >> 3 & 15, m = e4m3 & 7;
+    if (e == 15 && m == 7) return 26 << 3 | 1;
+    if (e) return (uint8_t)((e + 9) << 3 | m); /* 2^(e-7) (1 + m/8), exponent field e - 7 + 16 */
+    int shift = m >= 4 ? 1 : m >= 2 ? 2 : 3;   /* subnormal m * 2^-9 = 2^-6-shift (1 + ...) */
+    return (uint8_t)((10 - shift) << 3 | ((m << shift) & 7));
+}
+
+/* ---- rounding ---- */
+
+/* To nearest, ties to the even code, saturating; NaN -> 7 with x's sign. */
+static __device__ __forceinline__ uint32_t e2m1_magnitude(float a) {
+    return (uint32_t) !(a <= 0.25f) + (uint32_t) !(a < 0.75f) + (uint32_t) !(a <= 1.25f) + (uint32_t) !(a < 1.75f) +
+           (uint32_t) !(a <= 2.5f) + (uint32_t) !(a < 3.5f) + (uint32_t) !(a <= 5.f);
+}
+static __device__ __forceinline__ float e2m1_value(uint32_t magnitude) {
+    return __uint_as_float(magnitude << 22) * 0x1p126f; /* the fields of an fp32, subnormal for 0.5 */
+}
+
+static __device__ __forceinline__ uint8_t e4m3_round(float x) {
+    return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+}
+static __device__ __forceinline__ float e4m3_value(uint8_t byte) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
+}
+
+/* Recipe `activation` of docs/numerics.md. */
+static __device__ __forceinline__ float activation_encode_scale(float amax) {
+    return amax == 0.f ? 1.f : fminf(__fdiv_rn(2688.f, amax), FLT_MAX);
+}
+
+struct activation_block {
+    float scale;   /* the rounded block scale, 0 for a block of zeros */
+    float factor;  /* what an element is multiplied by before it is rounded */
+    uint8_t byte;  /* the scale as E4M3 */
+    int saturated; /* its scale before rounding was past what E4M3 holds */
+};
+
+static __device__ __forceinline__ activation_block activation_block_scale(float block_amax, float S) {
+    activation_block b;
+    float q = __fmul_rn(block_amax, __fmul_rn(S, 1.f / 6.f));
+    b.byte = e4m3_round(q);
+    b.saturated = q > 464.f;
+    b.scale = e4m3_value(b.byte);
+    b.factor = b.byte ? fminf(__fdiv_rn(1.f, __fmul_rn(b.scale, __fdiv_rn(1.f, S))), FLT_MAX) : 0.f;
+    return b;
+}
+
+/* The value e2m1 * scale of one element, exact in bf16; the global scale is left out. */
+static __device__ __forceinline__ float activation_round(float x, const activation_block &b) {
+    if (!b.byte) return 0.f;
+    float y = __fmul_rn(x, b.factor);
+    return copysignf(e2m1_value(e2m1_magnitude(fabsf(y))) * b.scale, y);
+}
+
+#endif

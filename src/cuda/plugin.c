@@ -1,0 +1,162 @@
+/* The plug-in's table, the device of a context, its errors and its memory. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "device.h"
+
+/* ---- the core's services, under the names that its macros use ---- */
+
+moe4_status moe4_fail(const moe4_ctx *ctx, moe4_status status, const char *fmt, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    return ctx->host->fail(ctx, status, text);
+}
+
+void *moe4_calloc(const moe4_ctx *ctx, size_t n, size_t size, const char *what) {
+    return ctx->host->calloc(ctx, n, size, what);
+}
+
+void moe4_free(const moe4_ctx *ctx, void *data) {
+    ctx->host->free(ctx, data);
+}
+
+/* ---- CUDA ---- */
+
+moe4_status moe4_cuda_check(const moe4_ctx *ctx, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return MOE4_OK;
+    cudaGetLastError(); /* an error that has been told is not told again by the next call */
+    moe4_status status = error == cudaErrorMemoryAllocation ? MOE4_ERROR_MEMORY : MOE4_ERROR_DEVICE;
+    return moe4_fail(ctx, status, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+moe4_status moe4_cuda_enter(const moe4_ctx *ctx, struct moe4_cuda_current *saved) {
+    int index = moe4_cuda_of(ctx)->index;
+    CUDA_TRY(ctx, cudaGetDevice(&saved->before), "cudaGetDevice");
+    if (saved->before != index) CUDA_TRY(ctx, cudaSetDevice(index), "cudaSetDevice");
+    return MOE4_OK;
+}
+
+void moe4_cuda_leave(struct moe4_cuda_current saved) {
+    int now;
+    if (cudaGetDevice(&now) == cudaSuccess && now != saved.before) cudaSetDevice(saved.before);
+}
+
+moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, const char *what) {
+    cudaError_t error = cudaMalloc(data_ret, bytes ? bytes : 1);
+    if (error != cudaErrorMemoryAllocation) return moe4_cuda_check(ctx, error, what);
+    cudaGetLastError();
+    size_t available = 0, total = 0;
+    cudaMemGetInfo(&available, &total);
+    return moe4_fail(ctx, MOE4_ERROR_MEMORY, "%s: %zu bytes, and device %d has %zu of %zu free", what, bytes, moe4_cuda_of(ctx)->index,
+                     available, total);
+}
+
+moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what) {
+    struct cudaPointerAttributes at;
+    CUDA_TRY(ctx, cudaPointerGetAttributes(&at, data), what);
+    int index = moe4_cuda_of(ctx)->index;
+    MOE4_CHECK(ctx, at.type == cudaMemoryTypeManaged || at.devicePointer, MOE4_ERROR_ARGUMENT,
+               "%s is host memory, and the context's device is cuda:%d", what, index);
+    MOE4_CHECK(ctx, at.type != cudaMemoryTypeDevice || at.device == index, MOE4_ERROR_ARGUMENT,
+               "%s is memory of cuda:%d, and the context's device is cuda:%d", what, at.device, index);
+    return MOE4_OK;
+}
+
+/* ---- memory for callers ---- */
+
+static moe4_status memory_alloc(moe4_ctx *ctx, void **data_ret, size_t bytes) {
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
+    moe4_status status = moe4_cuda_alloc(ctx, data_ret, bytes, "moe4_memory_alloc");
+    moe4_cuda_leave(saved);
+    return status;
+}
+
+static void memory_free(moe4_ctx *ctx, void *data) {
+    struct moe4_cuda_current saved;
+    if (moe4_cuda_enter(ctx, &saved) != MOE4_OK) return;
+    cudaFree(data);
+    moe4_cuda_leave(saved);
+}
+
+static moe4_status memory_copy(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream) {
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
+    cudaError_t error = cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    moe4_cuda_leave(saved);
+    return moe4_cuda_check(ctx, error, "moe4_memory_copy");
+}
+
+/* ---- the table ---- */
+
+static const struct moe4_backend backend = {
+    .name = "cuda",
+    .moe_check = moe4_cuda_moe_check,
+    .experts_prepare = moe4_cuda_experts_prepare,
+    .experts_release = moe4_cuda_experts_release,
+    .moe_bytes = moe4_cuda_moe_bytes,
+    .begin = moe4_cuda_begin,
+    .dispatch = moe4_cuda_dispatch,
+    .quantize_x = moe4_cuda_quantize_x,
+    .gate_up = moe4_cuda_gate_up_stage,
+    .quantize_h = moe4_cuda_quantize_h_stage,
+    .down = moe4_cuda_down_stage,
+    .combine = moe4_cuda_combine_stage,
+    .report = moe4_cuda_report,
+    .linear_prepare = moe4_cuda_linear_prepare,
+    .linear_release = moe4_cuda_linear_release,
+    .linear_bytes = moe4_cuda_linear_bytes,
+    .linear_forward = moe4_cuda_linear_forward,
+    .scales_check = moe4_cuda_scales_check,
+    .memory_alloc = memory_alloc,
+    .memory_free = memory_free,
+    .memory_copy = memory_copy,
+    .select = moe4_cuda_select,
+};
+
+static moe4_status find_device(moe4_ctx *ctx, struct moe4_cuda_device *d, int index) {
+    int n = 0, driver = 0;
+    cudaError_t error = cudaDriverGetVersion(&driver);
+    MOE4_CHECK(ctx, error == cudaSuccess && driver, MOE4_ERROR_DEVICE, "cuda:%d: no NVIDIA driver on this machine", index);
+    error = cudaGetDeviceCount(&n);
+    if (error == cudaErrorNoDevice) n = 0;
+    if (error != cudaErrorNoDevice) CUDA_TRY(ctx, error, "looking for devices");
+    MOE4_CHECK(ctx, index < n, MOE4_ERROR_DEVICE, "cuda:%d: the driver shows %d device%s", index, n, n == 1 ? "" : "s");
+    struct cudaDeviceProp p;
+    CUDA_TRY(ctx, cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
+    MOE4_CHECK(ctx, p.major >= 8, MOE4_ERROR_DEVICE, "cuda:%d: %s has compute capability %d.%d, need 8.0", index, p.name, p.major, p.minor);
+    *d = (struct moe4_cuda_device){.index = index, .major = p.major, .minor = p.minor, .n_sms = p.multiProcessorCount};
+    snprintf(d->name, sizeof d->name, "%s", p.name);
+    return MOE4_OK;
+}
+
+static moe4_status plugin_open(moe4_ctx *ctx, int index) {
+    struct moe4_cuda_device d;
+    MOE4_TRY(find_device(ctx, &d, index));
+    struct moe4_cuda_device *own = moe4_calloc(ctx, 1, sizeof *own, "device");
+    if (!own) return MOE4_ERROR_MEMORY;
+    *own = d;
+    ctx->device = own;
+    ctx->backend = &backend;
+    return MOE4_OK;
+}
+
+static void plugin_close(moe4_ctx *ctx) {
+    moe4_free(ctx, ctx->device);
+    ctx->device = NULL;
+}
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+extern const struct moe4_plugin moe4_plugin;
+__attribute__((visibility("default"))) const struct moe4_plugin moe4_plugin = {
+    MOE4_PLUGIN_ABI,  TEXT(MOE4_VERSION_MAJOR) "." TEXT(MOE4_VERSION_MINOR) "." TEXT(MOE4_VERSION_PATCH),
+    sizeof(moe4_ctx), sizeof(struct moe4_backend),
+    sizeof(moe4_moe), sizeof(moe4_linear),
+    plugin_open,      plugin_close,
+};

@@ -1,0 +1,60 @@
+/* A run of a layer: which kernel, and where its buffers stand in the workspace. */
+#include "device.h"
+#include "nvfp4_layout.h"
+
+bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
+    return device->major == 9;
+}
+
+/* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
+ * takes as many columns as it has. All kernels give the same bits. docs/hopper.md has the measurements. */
+void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
+    long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
+    double per_expert = experts ? (double)slots / (double)experts : 0;
+    bool pairs = r->w.down_tiles % 2 == 0; /* row tiles go by twos; those of gate/up always can */
+    if (r->n_tokens <= 8 || per_expert <= 4) {
+        r->tile_columns = 8;
+        r->row_tiles_per_item = 1;
+        r->blocks_per_sm = 2;
+    } else if (per_expert <= 14) {
+        r->tile_columns = 16;
+        r->row_tiles_per_item = pairs ? 2 : 1;
+        r->blocks_per_sm = pairs ? 1 : 2;
+    } else {
+        r->tile_columns = 32;
+        r->row_tiles_per_item = 1;
+        r->blocks_per_sm = 1;
+    }
+    (void)device;
+}
+
+/* The one walk for the size query and the carve-up; counts for n_tokens and what choose_kernel set. Without gate/up (a linear), h is x. */
+void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up) {
+    size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k, columns = (size_t)r->tile_columns;
+    size_t experts = slots < (size_t)r->w.n ? slots : (size_t)r->w.n, x_rows = r->act == MOE4_ACT_STATIC ? slots : tokens;
+    size_t x_units = (size_t)(with_gate_up ? r->w.hidden_units : r->w.intermediate_units);
+    bool wide = r->act != MOE4_ACT_W4A16;
+    r->max_tiles = (int)(slots / columns + experts);
+    r->state = moe4_carve(c, 1, sizeof *r->state); /* first: the report looks for it at the workspace's start */
+    r->tiles = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->tiles);
+    r->slots = moe4_carve(c, slots, sizeof *r->slots);
+    r->expert_slots = moe4_carve(c, (size_t)r->w.n, sizeof *r->expert_slots);
+    r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
+    r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
+    if (!r->x_is_ready) {
+        r->x = moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
+        r->x_factor = wide ? moe4_carve(c, x_rows, sizeof *r->x_factor) : NULL;
+        r->x_saturated = moe4_carve(c, x_rows, sizeof *r->x_saturated);
+        r->x_bad = moe4_carve(c, tokens, sizeof *r->x_bad);
+        r->x_amax = moe4_carve(c, 1, sizeof *r->x_amax);
+    }
+    if (with_gate_up) {
+        size_t width = (size_t)r->w.intermediate_units * MOE4_UNIT_K;
+        r->h = moe4_carve(c, slots, width * sizeof *r->h);
+        r->h_wide = wide ? moe4_carve(c, slots, width * sizeof *r->h_wide) : NULL;
+        r->h_amax = wide ? moe4_carve(c, slots + 1, sizeof *r->h_amax) : NULL;
+        r->h_factor = wide ? moe4_carve(c, slots, sizeof *r->h_factor) : NULL;
+        r->h_saturated = wide ? moe4_carve(c, slots, sizeof *r->h_saturated) : NULL;
+        r->o = moe4_carve(c, slots, (size_t)r->w.hidden * sizeof *r->o);
+    }
+}
