@@ -71,7 +71,7 @@ typedef struct moe4_ctx_options {
     size_t struct_size;
     size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one */
     uint32_t isa_mask;   /* 0: everything this CPU has; otherwise the MOE4_ISA_ bits that may be used (SCALAR always may) */
-    const char *device;  /* NULL or "cpu" */
+    const char *device;  /* NULL or "cpu"; "cuda" or "cuda:N" when libmoe4_cuda.so is there */
     moe4_alloc_fn alloc; /* both or neither; NULL: the C library's */
     moe4_free_fn free;
     void *alloc_user;
@@ -81,13 +81,21 @@ typedef struct moe4_ctx_options {
 #define MOE4_CTX_OPTIONS_INIT \
     { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL }
 
-/* Makes a context. Errors: ARGUMENT (an ISA this CPU lacks, an unknown device, half an allocator), MEMORY. As there is no context to
+/* Makes a context. Errors: ARGUMENT (an ISA this CPU lacks, an unknown device, half an allocator), MEMORY, DEVICE (no plug-in, driver
+ * or device, or one too old). As there is no context to
  * ask, the sentence goes to options->log. Destroy waits for nothing: no call may be under way. NULL is ignored. */
 MOE4_API moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options);
 MOE4_API void moe4_ctx_destroy(moe4_ctx *ctx);
 
 /* The sentence about the calling thread's last failed call in this context, or "". Valid until that thread's next call. */
 MOE4_API const char *moe4_ctx_error(const moe4_ctx *ctx);
+
+/* Memory for the buffers of forward calls: the device's in a context on a device, otherwise the context allocator's. Copy takes either
+ * kind on either side, in `stream`'s order, and returns when it is done. Forward calls on a device take device memory only, but weights
+ * may be in either. Errors: ARGUMENT, MEMORY (bytes asked for and free), DEVICE. */
+MOE4_API moe4_status moe4_memory_alloc(moe4_ctx *ctx, void **data_ret, size_t bytes);
+MOE4_API void moe4_memory_free(moe4_ctx *ctx, void *data);
+MOE4_API moe4_status moe4_memory_copy(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream);
 
 MOE4_API size_t moe4_ctx_n_threads(const moe4_ctx *ctx);
 /* The ISA in use ("avx2") and why that one ("best of scalar, avx2 on this CPU"); owned by the context. */

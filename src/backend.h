@@ -104,6 +104,7 @@ struct moe4_select_call {
 struct moe4_backend {
     const char *name;
 
+    moe4_status (*moe_check)(const moe4_ctx *ctx, const moe4_moe_options *o); /* what a device lacks: UNSUPPORTED; NULL: nothing */
     moe4_status (*experts_prepare)(moe4_ctx *ctx, struct moe4_experts *experts);
     void (*experts_release)(moe4_ctx *ctx, struct moe4_experts *experts);
     void (*expert_replaced)(moe4_ctx *ctx, struct moe4_experts *experts, size_t e); /* experts->expert[e] has other weights */
@@ -127,6 +128,11 @@ struct moe4_backend {
     void (*grouped_release)(moe4_grouped *grouped);
     bool (*grouped_bytes)(size_t *bytes, const moe4_grouped *grouped, size_t n_rows);
     moe4_status (*grouped_forward)(const struct moe4_grouped_call *call);
+    /* A device's: NULL on the CPU, where memory is the host's. scales_check returns MOE4_OK with *host_ret when the host can read them. */
+    moe4_status (*scales_check)(const moe4_ctx *ctx, const moe4_weight *w, const char *what, bool *host_ret);
+    moe4_status (*memory_alloc)(moe4_ctx *ctx, void **data_ret, size_t bytes);
+    void (*memory_free)(moe4_ctx *ctx, void *data);
+    moe4_status (*memory_copy)(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream); /* waits for it */
 
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
     moe4_status (*select)(const struct moe4_select_call *call);

@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "internal.h"
+#include "plugin.h"
 
 const char *moe4_version(void) {
 #define TEXT_(x) #x
@@ -113,6 +114,7 @@ static moe4_status ctx_init(moe4_ctx *ctx, const moe4_ctx_options *o) {
     ctx->backend = &moe4_backend_cpu;
     MOE4_TRY(choose_isa(ctx, o->isa_mask));
     MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads()));
+    if (o->device && strcmp(o->device, "cpu") != 0) MOE4_TRY(moe4_device_open(ctx, o->device));
     return moe4_errors_init(ctx); /* last: until then a failure goes to the log */
 }
 
@@ -124,8 +126,6 @@ moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options)
     moe4_ctx start = {.alloc = default_alloc, .free = default_free, .log = o.log, .log_user = o.log_user};
     MOE4_CHECK(&start, known, MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is set that moe4 %s lacks", moe4_version());
     MOE4_CHECK(&start, !o.alloc == !o.free, MOE4_ERROR_ARGUMENT, "options: alloc and free go together");
-    MOE4_CHECK(&start, !o.device || strcmp(o.device, "cpu") == 0, MOE4_ERROR_ARGUMENT, "options.device: \"%s\" (this build has: cpu)",
-               o.device);
     MOE4_CHECK(&start, o.n_threads <= MOE4_MAX_THREADS, MOE4_ERROR_ARGUMENT, "options.n_threads: %zu, at most %d", o.n_threads,
                MOE4_MAX_THREADS);
     if (o.alloc) {
@@ -147,6 +147,7 @@ moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options)
 
 void moe4_ctx_destroy(moe4_ctx *ctx) {
     if (!ctx) return;
+    moe4_device_close(ctx);
     moe4_pool_destroy(ctx->pool, ctx);
     moe4_free(ctx, (void *)ctx->kernels);
     moe4_errors_free(ctx);

@@ -111,6 +111,9 @@ static void scan_task(void *arg, size_t task) {
 
 moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
     if (w->dtype != MOE4_NVFP4) return MOE4_OK;
+    bool host = true;
+    if (ctx->backend->scales_check) MOE4_TRY(ctx->backend->scales_check(ctx, w, what, &host));
+    if (!host) return MOE4_OK;
     struct scan s = {.scale = w->scale, .bytes = w->rows * (w->cols / MOE4_BLOCK), .first_bad = SIZE_MAX};
     moe4_pool_run(ctx->pool, (s.bytes + SCAN_BYTES - 1) / SCAN_BYTES, scan_task, &s);
     size_t bad = s.first_bad, n = w->cols / MOE4_BLOCK;

@@ -23,6 +23,9 @@ struct moe4_ctx {
     const struct moe4_backend *backend;
     struct moe4_pool *pool;
     const struct moe4_kernels *kernels;
+    const struct moe4_plugin *plugin; /* plugin.h: of a device; NULL on the CPU, as are host and device */
+    const struct moe4_plugin_host *host;
+    void *device; /* the plug-in's */
     char isa_reason[128];
 };
 

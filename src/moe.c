@@ -124,6 +124,7 @@ static moe4_status check_resolved(moe4_moe *moe) {
 
 static moe4_status moe_init(moe4_moe *moe, const moe4_expert *experts) {
     MOE4_TRY(check_options(moe->ctx, &moe->o));
+    if (moe->ctx->backend->moe_check) MOE4_TRY(moe->ctx->backend->moe_check(moe->ctx, &moe->o));
     MOE4_TRY(add_group(moe, experts, moe->o.n_local, "expert"));
     if (moe->o.shared) MOE4_TRY(add_group(moe, moe->o.shared, 1, "shared expert"));
     moe->o.shared = NULL; /* was the caller's */
