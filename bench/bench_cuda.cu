@@ -1,0 +1,303 @@
+/* Times the layer on the GPU as docs/hopper.md says: CUDA graphs of several calls with different routing and activations, medians, the
+ * ceilings of memory measured in the same run.
+ *
+ *   bench_cuda [SHAPE [T [KERNEL]]]      one table row per (shape, T, mode, kernel) */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../src/cuda/kernels.h"
+#include "../src/cuda/nvfp4.cuh"
+
+#define CUDA(expr)                                                                            \
+    do {                                                                                      \
+        cudaError_t error_ = (expr);                                                          \
+        if (error_ != cudaSuccess) {                                                          \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
+            exit(1);                                                                          \
+        }                                                                                     \
+    } while (0)
+
+enum { N_CALLS = 8 };
+
+static uint64_t seed = 7;
+static uint32_t rnd(void) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 33);
+}
+
+static __device__ uint32_t mix(uint64_t i) {
+    i = (i ^ i >> 31) * 0x9E3779B97F4A7C15u;
+    i = (i ^ i >> 29) * 0xBF58476D1CE4E5B9u;
+    return (uint32_t)(i >> 32);
+}
+/* Random packed units: any code word is valid; scales between 2^-2 and 2^1. */
+static __global__ void fill_units(uint32_t *p, size_t n_words) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_words; i += (size_t)gridDim.x * blockDim.x) {
+        uint32_t r = mix(i);
+        p[i] = i % (MOE4_UNIT_BYTES / 4) < MOE4_UNIT_CODE_BYTES / 4 ? r : (r & 0x0F0F0F0Fu) + 0x70707070u;
+    }
+}
+static __global__ void fill_normal(__nv_bfloat16 *p, size_t n, uint64_t salt) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        float s = 0;
+        for (int j = 0; j < 4; j++) s += (float)(mix(i * 4 + j + salt) & 0xFFFF) / 65536.f;
+        p[i] = __float2bfloat16((s - 2.f) * 1.7f);
+    }
+}
+static __global__ void __launch_bounds__(512) read_kernel(const uint4 *p, size_t n, uint32_t *out) {
+    uint32_t x = 0;
+    size_t stride = (size_t)gridDim.x * 512 * 8;
+    for (size_t i = (size_t)blockIdx.x * 512 * 8 + threadIdx.x; i + 7 * 512 < n; i += stride) {
+        uint4 v[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = __ldcs(p + i + j * 512);
+#pragma unroll
+        for (int j = 0; j < 8; j++) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+    if (x == 0x12345) *out = x;
+}
+
+template <class F> static float median_us(int n, F f) {
+    cudaEvent_t a, b;
+    CUDA(cudaEventCreate(&a));
+    CUDA(cudaEventCreate(&b));
+    std::vector<float> t;
+    for (int i = 0; i < n + 3; i++) {
+        CUDA(cudaEventRecord(a, 0));
+        f();
+        CUDA(cudaEventRecord(b, 0));
+        CUDA(cudaEventSynchronize(b));
+        float ms;
+        CUDA(cudaEventElapsedTime(&ms, a, b));
+        if (i >= 3) t.push_back(ms * 1000);
+        usleep(2000);
+    }
+    std::sort(t.begin(), t.end());
+    CUDA(cudaEventDestroy(a));
+    CUDA(cudaEventDestroy(b));
+    return t[t.size() / 2];
+}
+
+static double read_bandwidth(void) {
+    size_t bytes = (size_t)4 << 30;
+    uint4 *p;
+    CUDA(cudaMalloc(&p, bytes));
+    CUDA(cudaMemset(p, 0x5A, bytes));
+    double best = 0;
+    for (int blocks = 132; blocks <= 132 * 16; blocks *= 2) {
+        float us = median_us(9, [&] { read_kernel<<<blocks, 512>>>(p, bytes / 16, (uint32_t *)p); });
+        best = std::max(best, bytes / (us * 1e-6));
+    }
+    CUDA(cudaFree(p));
+    return best;
+}
+
+struct layer_shape {
+    const char *name;
+    int hidden, intermediate, n, k;
+};
+
+template <class T> static T *dev(size_t n) {
+    T *p;
+    CUDA(cudaMalloc(&p, n * sizeof(T) + 256));
+    CUDA(cudaMemset(p, 0, n * sizeof(T) + 256));
+    return p;
+}
+
+static moe4_packed_experts make_layer(const layer_shape &s) {
+    moe4_packed_experts w = {};
+    w.n = s.n;
+    w.hidden = s.hidden;
+    w.intermediate = s.intermediate;
+    w.hidden_units = (s.hidden + 63) / 64;
+    w.intermediate_units = (s.intermediate + 63) / 64;
+    w.gate_up_tiles = 2 * w.intermediate_units;
+    w.down_tiles = w.hidden_units;
+    w.gate_up_bytes = (size_t)w.gate_up_tiles * w.hidden_units * MOE4_UNIT_BYTES;
+    w.down_bytes = (size_t)w.down_tiles * w.intermediate_units * MOE4_UNIT_BYTES;
+    uint8_t *a = dev<uint8_t>(w.gate_up_bytes * s.n), *b = dev<uint8_t>(w.down_bytes * s.n);
+    fill_units<<<2048, 256>>>((uint32_t *)a, w.gate_up_bytes * s.n / 4);
+    fill_units<<<2048, 256>>>((uint32_t *)b, w.down_bytes * s.n / 4);
+    w.gate_up = a;
+    w.down = b;
+    std::vector<float> alpha(s.n, 256.f / sqrtf((float)s.hidden)), scale(s.n, 0.002f);
+    float *p = dev<float>(s.n), *q = dev<float>(s.n);
+    CUDA(cudaMemcpy(p, alpha.data(), s.n * 4, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(q, scale.data(), s.n * 4, cudaMemcpyHostToDevice));
+    w.alpha_gate = w.alpha_up = w.alpha_down = p;
+    w.scale_x = w.scale_h = q;
+    return w;
+}
+
+static void carve_run(moe4_layer_run *r) {
+    size_t slots = (size_t)r->n_tokens * r->top_k, hk = (size_t)r->w.hidden_units * 64, ik = (size_t)r->w.intermediate_units * 64;
+    size_t x_rows = r->act == MOE4_ACT_STATIC ? slots : (size_t)r->n_tokens;
+    bool wide = r->act != MOE4_ACT_W4A16;
+    r->max_tiles = (int)(slots / r->tile_columns + (slots < (size_t)r->w.n ? slots : r->w.n)) + 1;
+    r->state = dev<moe4_run_state>(1);
+    r->tiles = dev<moe4_tile>(r->max_tiles);
+    r->slots = dev<int>(slots);
+    r->expert_slots = dev<int>(r->w.n);
+    r->x = dev<__nv_bfloat16>(x_rows * hk);
+    r->x_factor = wide ? dev<float>(x_rows) : NULL;
+    r->x_saturated = dev<int>(x_rows);
+    r->x_bad = dev<int>(r->n_tokens);
+    r->x_amax = dev<uint32_t>(1);
+    r->h_wide = wide ? dev<float>(slots * ik) : NULL;
+    r->h_amax = wide ? dev<uint32_t>(slots + 1) : NULL;
+    r->h = dev<__nv_bfloat16>(slots * ik);
+    r->h_factor = wide ? dev<float>(slots) : NULL;
+    r->h_saturated = dev<int>(slots);
+    r->done = dev<int>(r->max_tiles);
+    r->ready = dev<int>(r->max_tiles);
+    r->o = dev<float>(slots * r->w.hidden);
+}
+static void free_run(moe4_layer_run *r) {
+    void *all[] = {r->state,  r->tiles,  r->slots, r->expert_slots, r->x,           r->x_factor, r->x_saturated, r->x_bad, r->x_amax,
+                   r->h_wide, r->h_amax, r->h,     r->h_factor,     r->h_saturated, r->done,     r->ready,       r->o};
+    for (void *p : all) CUDA(cudaFree(p));
+}
+
+struct variant {
+    const char *name;
+    bool portable, fused;
+    int columns, row_tiles, blocks;
+    int stages; /* bits: 1 prepare, 2 products, 4 combine */
+};
+
+static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe4_act act, const variant &v, double bandwidth, int sms) {
+    moe4_layer_run r = {};
+    r.w = w;
+    r.act = act;
+    r.alpha = 1.f;
+    r.n_tokens = T;
+    r.top_k = s.k;
+    r.tile_columns = v.columns;
+    r.row_tiles_per_item = v.row_tiles;
+    r.blocks_per_sm = v.blocks;
+    r.x_dtype = MOE4_BF16;
+    r.x_in_ld = (size_t)s.hidden;
+    carve_run(&r);
+    __nv_bfloat16 *y = dev<__nv_bfloat16>((size_t)T * s.hidden);
+    std::vector<int32_t *> ids;
+    std::vector<__nv_bfloat16 *> x;
+    std::vector<float> ones(T * s.k, 0.3f);
+    float *weights = dev<float>(T * s.k);
+    CUDA(cudaMemcpy(weights, ones.data(), ones.size() * 4, cudaMemcpyHostToDevice));
+    double hit = 0;
+    for (int c = 0; c < N_CALLS; c++) {
+        std::vector<int32_t> id;
+        std::vector<bool> used(s.n);
+        for (int t = 0; t < T; t++) {
+            std::vector<int> perm(s.n);
+            for (int i = 0; i < s.n; i++) perm[i] = i;
+            for (int k = 0; k < s.k; k++) {
+                std::swap(perm[k], perm[k + rnd() % (s.n - k)]);
+                id.push_back(perm[k]);
+                used[perm[k]] = true;
+            }
+        }
+        hit += std::count(used.begin(), used.end(), true) / (double)N_CALLS;
+        ids.push_back(dev<int32_t>(id.size()));
+        CUDA(cudaMemcpy(ids[c], id.data(), id.size() * 4, cudaMemcpyHostToDevice));
+        x.push_back(dev<__nv_bfloat16>((size_t)T * s.hidden));
+        fill_normal<<<256, 256>>>(x[c], (size_t)T * s.hidden, (uint64_t)c << 40);
+    }
+    cudaStream_t stream;
+    CUDA(cudaStreamCreate(&stream));
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    auto one = [&](int c, int stages) {
+        r.ids = ids[c];
+        r.x_in = x[c];
+        if (stages & 1) CUDA(moe4_cuda_prepare(&r, stream));
+        if (stages & 2) {
+            if (v.portable) {
+                CUDA(moe4_cuda_gate_up(&r, stream));
+                CUDA(moe4_cuda_quantize_h(&r, stream));
+                CUDA(moe4_cuda_down(&r, stream));
+            } else if (v.fused) {
+                CUDA(moe4_cuda_decode_sm90(&r, 3, sms, stream));
+            } else {
+                CUDA(moe4_cuda_decode_sm90(&r, 1, sms, stream));
+                CUDA(moe4_cuda_quantize_h(&r, stream));
+                CUDA(moe4_cuda_decode_sm90(&r, 2, sms, stream));
+            }
+        }
+        if (stages & 4) CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, stream));
+    };
+    one(0, 7);
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    for (int c = 0; c < N_CALLS; c++) one(c, v.stages);
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    float us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / N_CALLS;
+    double floor_us = hit * (double)(w.gate_up_bytes + w.down_bytes) / bandwidth * 1e6;
+    printf("| %s | %d | %s | %s | %.1f | %.1f | %.1f | %.3f |\n", s.name, T, act == MOE4_ACT_W4A16 ? "w4a16" : "token", v.name, hit,
+           floor_us, us, floor_us / us);
+    fflush(stdout);
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    for (int c = 0; c < N_CALLS; c++) {
+        CUDA(cudaFree(ids[c]));
+        CUDA(cudaFree(x[c]));
+    }
+    CUDA(cudaFree(y));
+    CUDA(cudaFree(weights));
+    free_run(&r);
+}
+
+int main(int argc, char **argv) {
+    const char *only_shape = argc > 1 ? argv[1] : "", *only_kernel = argc > 3 ? argv[3] : "";
+    int only_tokens = argc > 2 ? atoi(argv[2]) : 0;
+    cudaDeviceProp device;
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    int sms = device.multiProcessorCount;
+    double bandwidth = read_bandwidth();
+    printf("%s, %d SMs, read bandwidth %.3f TB/s\n", device.name, sms, bandwidth * 1e-12);
+    const layer_shape shapes[] = {{"W1", 7168, 3072, 48, 6}, {"W2", 4096, 2048, 32, 6}};
+    printf("| shape | T | act | kernel | experts | floor us | us | floor/us |\n|---|---|---|---|---|---|---|---|\n");
+    for (const layer_shape &s : shapes) {
+        bool w1 = s.n == 48;
+        if (*only_shape && strcmp(only_shape, s.name)) continue;
+        moe4_packed_experts w = make_layer(s);
+        CUDA(cudaDeviceSynchronize());
+        auto go = [&](int T, moe4_act act, variant v) {
+            if ((only_tokens && T != only_tokens) || (*only_kernel && strcmp(only_kernel, v.name))) return;
+            bench(s, w, T, act, v, bandwidth, sms);
+        };
+        for (int T : {1, 4, 8, 32, 64}) {
+            if (!w1 && (T == 4 || T == 32)) continue;
+            go(T, MOE4_ACT_W4A16, {"8x64", false, true, 8, 1, 1, 7});
+            go(T, MOE4_ACT_W4A16, {"8x64x2", false, true, 8, 1, 2, 7});
+            go(T, MOE4_ACT_W4A16, {"8x128", false, true, 8, 2, 1, 7});
+            if (T == 1) {
+                go(T, MOE4_ACT_W4A16, {"prepare", false, true, 8, 1, 1, 1});
+                go(T, MOE4_ACT_W4A16, {"combine", false, true, 8, 1, 1, 4});
+                go(T, MOE4_ACT_W4A16, {"prepare+combine", false, true, 8, 1, 1, 5});
+            }
+            if (T >= 32) {
+                go(T, MOE4_ACT_W4A16, {"16x64x2", false, true, 16, 1, 2, 7});
+                go(T, MOE4_ACT_W4A16, {"16x128", false, true, 16, 2, 1, 7});
+                go(T, MOE4_ACT_W4A16, {"32x64", false, true, 32, 1, 1, 7});
+                go(T, MOE4_ACT_TOKEN, {"16x128", false, true, 16, 2, 1, 7});
+            }
+            go(T, MOE4_ACT_TOKEN, {"8x64x2", false, true, 8, 1, 2, 7});
+            go(T, MOE4_ACT_TOKEN, {"8x128", false, true, 8, 2, 1, 7});
+        }
+        for (int T : {256, 1024}) {
+            go(T, MOE4_ACT_W4A16, {"32x64", false, true, 32, 1, 1, 7});
+        }
+        CUDA(cudaFree((void *)w.gate_up));
+        CUDA(cudaFree((void *)w.down));
+    }
+    return 0;
+}
