@@ -104,11 +104,13 @@ struct moe4_select_call {
 struct moe4_backend {
     const char *name;
 
-    moe4_status (*moe_check)(const moe4_ctx *ctx, const moe4_moe_options *o); /* what a device lacks: UNSUPPORTED; NULL: nothing */
+    bool takes_rows; /* calls by_rows and products of groups; a device without them says UNSUPPORTED */
+    moe4_status (*moe_check)(const moe4_ctx *ctx, const moe4_moe_options *o); /* options a device lacks: UNSUPPORTED; or NULL */
     moe4_status (*experts_prepare)(moe4_ctx *ctx, struct moe4_experts *experts);
     void (*experts_release)(moe4_ctx *ctx, struct moe4_experts *experts);
-    void (*expert_replaced)(moe4_ctx *ctx, struct moe4_experts *experts, size_t e); /* experts->expert[e] has other weights */
-    bool (*moe_bytes)(size_t *bytes, const struct moe4_moe_call *call);             /* of its sizes; false: does not fit a size_t */
+    /* experts->expert[e] has other weights; on failure the backend still has the old ones. */
+    moe4_status (*expert_replaced)(moe4_ctx *ctx, struct moe4_experts *experts, size_t e);
+    bool (*moe_bytes)(size_t *bytes, const struct moe4_moe_call *call); /* of its sizes; false: does not fit a size_t */
 
     moe4_status (*begin)(const struct moe4_moe_call *call); /* carves the workspace; the same walk as moe_bytes */
     moe4_status (*dispatch)(const struct moe4_moe_call *call);

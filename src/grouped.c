@@ -18,6 +18,8 @@ static moe4_status check_leading(const moe4_grouped *g) {
 static moe4_status grouped_init(moe4_grouped *g, const moe4_weight *weights, size_t n_groups) {
     const moe4_ctx *ctx = g->ctx;
     moe4_grouped_options *o = &g->o;
+    MOE4_CHECK(ctx, ctx->backend->takes_rows, MOE4_ERROR_UNSUPPORTED, "products of groups of rows do not run on %s yet",
+               ctx->backend->name);
     MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
     MOE4_TRY(moe4_io_check(ctx, o->x_dtype, o->y_dtype));
     moe4_act act = moe4_act_resolve(o->act, weights->dtype);
@@ -76,7 +78,7 @@ moe4_status moe4_grouped_create(moe4_grouped **grouped_ret, moe4_ctx *ctx, const
 
 void moe4_grouped_destroy(moe4_grouped *g) {
     if (!g) return;
-    g->ctx->backend->grouped_release(g);
+    if (g->prepared) g->ctx->backend->grouped_release(g);
     moe4_free(g->ctx, g->weight);
     moe4_free(g->ctx, g);
 }

@@ -177,9 +177,11 @@ moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *
     MOE4_TRY(check_expert(moe, &copy, g->expert, "expert", e));
     MOE4_TRY(check_input_scales(moe, &one, "new expert"));
     settle_expert(moe, &copy);
+    const moe4_expert old = g->expert[e];
     g->expert[e] = copy;
-    ctx->backend->expert_replaced(ctx, g, e);
-    return MOE4_OK;
+    moe4_status status = ctx->backend->expert_replaced(ctx, g, e);
+    if (status != MOE4_OK) g->expert[e] = old;
+    return status;
 }
 
 /* ---- running it ---- */
@@ -187,6 +189,8 @@ moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *
 static moe4_status workspace_bytes(const struct moe4_moe_call *c, size_t *bytes_ret) {
     const moe4_moe *moe = c->moe;
     size_t n_slots = c->n_rows;
+    MOE4_CHECK(moe->ctx, !c->by_rows || moe->ctx->backend->takes_rows, MOE4_ERROR_UNSUPPORTED,
+               "rows that stand with their experts do not run on %s yet", moe->ctx->backend->name);
     MOE4_CHECK(moe->ctx, c->by_rows || moe4_mul(&n_slots, c->n_tokens, moe->o.top_k), MOE4_ERROR_ARGUMENT, "n_tokens: %zu", c->n_tokens);
     MOE4_CHECK(moe->ctx, n_slots <= INT32_MAX && c->n_tokens <= INT32_MAX, MOE4_ERROR_ARGUMENT, "%zu tokens, %zu %s: at most %d",
                c->n_tokens, n_slots, c->by_rows ? "rows" : "slots", INT32_MAX);

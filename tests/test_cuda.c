@@ -632,6 +632,46 @@ static void test_errors(void **state) {
     free_layer(&l);
 }
 
+/* An expert replaced in place is the layer that was made with it; what a device does not run says so. */
+static void test_replace_and_unsupported(void **state) {
+    (void)state;
+    struct random_layer l = make_layer(3, 96, 64, 2), other = make_layer(1, 96, 64, 1);
+    struct layer_input in;
+    random_input(&in, &l, 9, 3, false);
+    float a[9 * 96], b[9 * 96], before[9 * 96];
+    moe4_moe *replaced = create(gpu, &l, MOE4_ACT_STATIC, 0, 3, NULL);
+    run_layer(gpu, replaced, before, &in, NULL, NULL);
+    OK(gpu, moe4_moe_replace_expert(replaced, 1, other.expert));
+    run_layer(gpu, replaced, a, &in, NULL, NULL);
+    moe4_expert swapped[3] = {l.expert[0], other.expert[0], l.expert[2]};
+    struct random_layer made = l;
+    made.expert = swapped;
+    moe4_moe *fresh = create(gpu, &made, MOE4_ACT_STATIC, 0, 3, NULL);
+    run_layer(gpu, fresh, b, &in, NULL, NULL);
+    assert_memory_equal(a, b, sizeof a);
+    assert_true(relative(a, before, 9 * 96) > 1e-3);
+
+    size_t bytes;
+    assert_int_equal(moe4_moe_rows_workspace_bytes(fresh, &bytes, 4, 0), MOE4_ERROR_UNSUPPORTED);
+    moe4_grouped *grouped;
+    assert_int_equal(moe4_grouped_create(&grouped, gpu, &l.expert[0].gate, 1, NULL), MOE4_ERROR_UNSUPPORTED);
+    assert_null(grouped);
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    moe4_moe *none;
+    o.n_experts = 3;
+    o.top_k = 2;
+    o.weighting = MOE4_WEIGHT_ON_X;
+    assert_int_equal(moe4_moe_create(&none, gpu, l.expert, &o), MOE4_ERROR_UNSUPPORTED);
+    o.weighting = MOE4_WEIGHT_AFTER_DOWN;
+    o.activation = MOE4_RELU2;
+    assert_int_equal(moe4_moe_create(&none, gpu, l.expert, &o), MOE4_ERROR_UNSUPPORTED);
+    moe4_moe_destroy(replaced);
+    moe4_moe_destroy(fresh);
+    free_input(&in);
+    free_layer(&l);
+    free_layer(&other);
+}
+
 /* Two contexts on one device, each with its own layer. */
 static void test_two_contexts(void **state) {
     (void)state;
@@ -665,11 +705,17 @@ int main(int argc, char **argv) {
     }
     cpu = open_ctx(NULL);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_goldens),     cmocka_unit_test(test_model_with_router),
-        cmocka_unit_test(test_against_cpu), cmocka_unit_test(test_batches),
-        cmocka_unit_test(test_graph),       cmocka_unit_test(test_linear),
-        cmocka_unit_test(test_select),      cmocka_unit_test(test_device_weights),
-        cmocka_unit_test(test_errors),      cmocka_unit_test(test_two_contexts),
+        cmocka_unit_test(test_goldens),
+        cmocka_unit_test(test_model_with_router),
+        cmocka_unit_test(test_against_cpu),
+        cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_linear),
+        cmocka_unit_test(test_select),
+        cmocka_unit_test(test_device_weights),
+        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_two_contexts),
+        cmocka_unit_test(test_replace_and_unsupported),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     moe4_ctx_destroy(cpu);

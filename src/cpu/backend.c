@@ -45,7 +45,7 @@ static void experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
 }
 
 /* The new weights take the old ones' place in the packed store. */
-static void expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e) {
+static moe4_status expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e) {
     struct moe4_cpu_experts *p = experts->prepared;
     const moe4_expert *x = &experts->expert[e];
     struct moe4_cpu_expert *old = &p->expert[e];
@@ -55,10 +55,12 @@ static void expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t 
     struct moe4_pack packs[] = {
         {.gemm = p->x, .matrix = &old->gate}, {.gemm = p->x, .matrix = &old->up}, {.gemm = p->h, .matrix = &old->down}};
     moe4_repack(ctx, packs, 3);
+    return MOE4_OK;
 }
 
 const struct moe4_backend moe4_backend_cpu = {
     .name = "cpu",
+    .takes_rows = true,
     .experts_prepare = experts_prepare,
     .experts_release = experts_release,
     .expert_replaced = expert_replaced,

@@ -40,11 +40,12 @@ moe4_status moe4_cuda_pack_weight(const moe4_ctx *ctx, uint8_t *packed, const mo
                                   struct moe4_cuda_stage *stage);
 moe4_status moe4_cuda_experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts);
 void moe4_cuda_experts_release(moe4_ctx *ctx, struct moe4_experts *experts);
+moe4_status moe4_cuda_expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e);
 moe4_status moe4_cuda_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what, bool *host_ret);
 
 /* moe.c */
 moe4_status moe4_cuda_moe_check(const moe4_ctx *ctx, const moe4_moe_options *o);
-bool moe4_cuda_moe_bytes(size_t *bytes, const moe4_moe *moe, size_t n_tokens);
+bool moe4_cuda_moe_bytes(size_t *bytes, const struct moe4_moe_call *c);
 moe4_status moe4_cuda_begin(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_dispatch(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_quantize_x(const struct moe4_moe_call *c);

@@ -22,10 +22,14 @@ moe4_status moe4_cuda_pack_weight(const moe4_ctx *ctx, uint8_t *packed, const mo
 
 /* What a layer's experts own on the device: the packed matrices in one allocation, the numbers of each expert in another. */
 static moe4_status size_experts(const moe4_ctx *ctx, struct moe4_packed_experts *p, const struct moe4_experts *e, size_t *bytes_ret) {
-    for (size_t i = 0; i < e->n; i++)
+    for (size_t i = 0; i < e->n; i++) {
+        const moe4_expert *x = &e->expert[i];
+        MOE4_CHECK(ctx, !x->gate.bias && !x->up.bias && !x->down.bias, MOE4_ERROR_UNSUPPORTED,
+                   "expert %zu: a bias does not run on a device yet", i);
         MOE4_CHECK(ctx, e->expert[i].gate.dtype == MOE4_NVFP4 && e->expert[i].down.dtype == MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED,
                    "expert %zu: gate %s, down %s; on a device experts are NVFP4", i, ctx->host->dtype_name(e->expert[i].gate.dtype),
                    ctx->host->dtype_name(e->expert[i].down.dtype));
+    }
     MOE4_CHECK(ctx, e->n <= MOE4_MAX_DEVICE_EXPERTS && e->hidden <= 1 << 24 && e->intermediate <= 1 << 24, MOE4_ERROR_UNSUPPORTED,
                "%zu experts of %zu x %zu: on a device at most %d of 2^24 x 2^24", e->n, e->hidden, e->intermediate,
                MOE4_MAX_DEVICE_EXPERTS);
@@ -42,37 +46,43 @@ static moe4_status size_experts(const moe4_ctx *ctx, struct moe4_packed_experts 
 
 enum { N_NUMBERS = 5 };
 
-static moe4_status fill_numbers(const moe4_ctx *ctx, struct moe4_packed_experts *p, const struct moe4_experts *e, float *on_device) {
-    float *v = moe4_calloc(ctx, N_NUMBERS * e->n, sizeof *v, "expert scales");
-    if (!v) return MOE4_ERROR_MEMORY;
-    for (size_t i = 0; i < e->n; i++) {
-        const moe4_expert *x = &e->expert[i];
-        v[i] = x->gate.global * MOE4_DECODE_FACTOR;
-        v[e->n + i] = x->up.global * MOE4_DECODE_FACTOR;
-        v[2 * e->n + i] = x->down.global * MOE4_DECODE_FACTOR;
-        v[3 * e->n + i] = x->gate.input_scale > x->up.input_scale ? x->gate.input_scale : x->up.input_scale; /* they read the same x */
-        v[4 * e->n + i] = x->down.input_scale;
-    }
-    cudaError_t error = cudaMemcpy(on_device, v, N_NUMBERS * e->n * sizeof *v, cudaMemcpyHostToDevice);
-    moe4_free(ctx, v);
+static void place_numbers(struct moe4_packed_experts *p, const float *on_device) {
     p->alpha_gate = on_device;
-    p->alpha_up = on_device + e->n;
-    p->alpha_down = on_device + 2 * e->n;
-    p->scale_x = on_device + 3 * e->n;
-    p->scale_h = on_device + 4 * e->n;
+    p->alpha_up = on_device + p->n;
+    p->alpha_down = on_device + 2 * p->n;
+    p->scale_x = on_device + 3 * p->n;
+    p->scale_h = on_device + 4 * p->n;
+}
+
+/* Expert i's weights and numbers into their places, through the staging buffer. */
+static moe4_status place_expert(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *x, size_t i,
+                                struct moe4_cuda_stage *stage) {
+    uint8_t *gate_up = (uint8_t *)p->gate_up + i * p->gate_up_bytes, *down = (uint8_t *)p->down + i * p->down_bytes;
+    const float x_scale = x->gate.input_scale > x->up.input_scale ? x->gate.input_scale : x->up.input_scale; /* they read the same x */
+    const float numbers[N_NUMBERS] = {x->gate.global * MOE4_DECODE_FACTOR, x->up.global * MOE4_DECODE_FACTOR,
+                                      x->down.global * MOE4_DECODE_FACTOR, x_scale, x->down.input_scale};
+    MOE4_TRY(moe4_cuda_pack_weight(ctx, gate_up, &x->gate, 1, stage));
+    MOE4_TRY(moe4_cuda_pack_weight(ctx, gate_up, &x->up, 2, stage));
+    MOE4_TRY(moe4_cuda_pack_weight(ctx, down, &x->down, 0, stage));
+    cudaError_t error = cudaMemcpy2D((float *)p->alpha_gate + i, (size_t)p->n * sizeof(float), numbers, sizeof(float), sizeof(float),
+                                     N_NUMBERS, cudaMemcpyHostToDevice);
     return moe4_cuda_check(ctx, error, "copying expert scales to the device");
 }
 
-static moe4_status pack_experts(const moe4_ctx *ctx, struct moe4_packed_experts *p, const struct moe4_experts *e,
-                                struct moe4_cuda_stage *stage) {
-    uint8_t *gate_up = (uint8_t *)p->gate_up, *down = (uint8_t *)p->down;
-    for (size_t i = 0; i < e->n; i++) {
-        const moe4_expert *x = &e->expert[i];
-        MOE4_TRY(moe4_cuda_pack_weight(ctx, gate_up + i * p->gate_up_bytes, &x->gate, 1, stage));
-        MOE4_TRY(moe4_cuda_pack_weight(ctx, gate_up + i * p->gate_up_bytes, &x->up, 2, stage));
-        MOE4_TRY(moe4_cuda_pack_weight(ctx, down + i * p->down_bytes, &x->down, 0, stage));
-    }
-    return moe4_cuda_check(ctx, cudaStreamSynchronize(NULL), "packing");
+/* Experts [first, first + n), and waits for them. */
+static moe4_status place_experts(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const struct moe4_experts *e, size_t first,
+                                 size_t n) {
+    struct moe4_cuda_stage stage = {.bytes = moe4_cuda_stage_bytes(&e->expert->gate)};
+    size_t down_bytes = moe4_cuda_stage_bytes(&e->expert->down);
+    if (down_bytes > stage.bytes) stage.bytes = down_bytes;
+    void *data = NULL;
+    MOE4_TRY(moe4_cuda_alloc(ctx, &data, stage.bytes, "staging of one matrix"));
+    stage.data = data;
+    moe4_status status = MOE4_OK;
+    for (size_t i = first; i < first + n && status == MOE4_OK; i++) status = place_expert(ctx, p, &e->expert[i], i, &stage);
+    if (status == MOE4_OK) status = moe4_cuda_check(ctx, cudaStreamSynchronize(NULL), "packing");
+    cudaFree(data);
+    return status;
 }
 
 static moe4_status prepare(moe4_ctx *ctx, struct moe4_packed_experts *p, const struct moe4_experts *e) {
@@ -84,18 +94,8 @@ static moe4_status prepare(moe4_ctx *ctx, struct moe4_packed_experts *p, const s
     p->down = p->gate_up + e->n * p->gate_up_bytes;
     CUDA_TRY(ctx, cudaMemset(packed, 0, bytes), "packed experts"); /* the padding is zeros */
     MOE4_TRY(moe4_cuda_alloc(ctx, &numbers, N_NUMBERS * e->n * sizeof(float), "expert scales"));
-    p->alpha_gate = numbers;
-    MOE4_TRY(fill_numbers(ctx, p, e, numbers));
-
-    struct moe4_cuda_stage stage = {.bytes = moe4_cuda_stage_bytes(&e->expert->gate)};
-    size_t down_bytes = moe4_cuda_stage_bytes(&e->expert->down);
-    if (down_bytes > stage.bytes) stage.bytes = down_bytes;
-    void *data = NULL;
-    MOE4_TRY(moe4_cuda_alloc(ctx, &data, stage.bytes, "staging of one matrix"));
-    stage.data = data;
-    moe4_status status = pack_experts(ctx, p, e, &stage);
-    cudaFree(data);
-    return status;
+    place_numbers(p, numbers);
+    return place_experts(ctx, p, e, 0, e->n);
 }
 
 moe4_status moe4_cuda_experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) {
@@ -120,6 +120,15 @@ void moe4_cuda_experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
     }
     moe4_free(ctx, p);
     experts->prepared = NULL;
+}
+
+/* A failure before the first copy leaves the old expert; after it only a broken device fails. */
+moe4_status moe4_cuda_expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e) {
+    struct moe4_cuda_current saved;
+    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
+    moe4_status status = place_experts(ctx, experts->prepared, experts, e, 1);
+    moe4_cuda_leave(saved);
+    return status;
 }
 
 /* ---- block scales that the host cannot read ---- */

@@ -71,8 +71,11 @@ static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
 
 moe4_status moe4_cuda_linear_prepare(moe4_linear *l) {
     for (size_t i = 0; i < l->n_weights; i++)
+        MOE4_CHECK(l->ctx, !l->weight[i].bias, MOE4_ERROR_UNSUPPORTED, "weight %zu: a bias does not run on a device yet", i);
+    for (size_t i = 0; i < l->n_weights; i++)
         MOE4_CHECK(l->ctx, l->weight[i].rows <= 1 << 24 && l->cols <= 1 << 24, MOE4_ERROR_UNSUPPORTED,
                    "weight %zu: %zu x %zu; on a device at most 2^24 x 2^24", i, l->weight[i].rows, l->cols);
+    MOE4_CHECK(l->ctx, l->o.x_dtype != MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED, "options.x_dtype: NVFP4; on a device F32, BF16 or F16 yet");
     struct prepared *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
     if (!p) return MOE4_ERROR_MEMORY;
     l->prepared = p; /* release frees what a failure leaves */

@@ -59,11 +59,12 @@ moe4_status moe4_cuda_moe_check(const moe4_ctx *ctx, const moe4_moe_options *o) 
     MOE4_CHECK(ctx, o->activation != MOE4_RELU2, MOE4_ERROR_UNSUPPORTED, "options.activation: RELU2 does not run on a device yet");
     MOE4_CHECK(ctx, o->weighting == MOE4_WEIGHT_AFTER_DOWN, MOE4_ERROR_UNSUPPORTED,
                "options.weighting: %d; on a device only AFTER_DOWN yet", (int)o->weighting);
+    MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED, "options.x_dtype: NVFP4; on a device F32, BF16 or F16 yet");
     return MOE4_OK;
 }
 
-bool moe4_cuda_moe_bytes(size_t *bytes, const moe4_moe *moe, size_t n_tokens) {
-    struct runs all = layer_runs(moe, n_tokens, NULL);
+bool moe4_cuda_moe_bytes(size_t *bytes, const struct moe4_moe_call *c) {
+    struct runs all = layer_runs(c->moe, c->n_tokens, NULL);
     *bytes = all.bytes;
     return all.fits;
 }

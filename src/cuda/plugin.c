@@ -99,6 +99,7 @@ static const struct moe4_backend backend = {
     .moe_check = moe4_cuda_moe_check,
     .experts_prepare = moe4_cuda_experts_prepare,
     .experts_release = moe4_cuda_experts_release,
+    .expert_replaced = moe4_cuda_expert_replaced,
     .moe_bytes = moe4_cuda_moe_bytes,
     .begin = moe4_cuda_begin,
     .dispatch = moe4_cuda_dispatch,
