@@ -24,12 +24,17 @@ struct opened {
     struct lm_model *model;
 };
 
-static inline moe4_status try_open(struct opened *o, const char *path, moe4_act act, size_t n_threads) {
+static inline moe4_status try_open_isa(struct opened *o, const char *path, moe4_act act, size_t n_threads, const char *isa) {
     moe4_ctx_options options = MOE4_CTX_OPTIONS_INIT;
     options.n_threads = n_threads;
+    options.isa_mask = isa ? moe4_isa_mask(isa) : 0;
     *o = (struct opened){.model = NULL};
     assert_int_equal(moe4_ctx_create(&o->lm.ctx, &options), MOE4_OK);
     return lm_model_open(&o->model, &o->lm, path, act);
+}
+
+static inline moe4_status try_open(struct opened *o, const char *path, moe4_act act, size_t n_threads) {
+    return try_open_isa(o, path, act, n_threads, NULL);
 }
 
 static inline void open_model(struct opened *o, const char *path, moe4_act act, size_t n_threads) {

@@ -6,10 +6,10 @@
 enum { VOCAB = 97 };
 
 /* transformers in fp32 and in fp64 differ by less than 1e-6 here; so may this. */
-static void compare(const char *folder, const char *expected) {
+static void compare_isa(const char *folder, const char *expected, const char *isa) {
     struct opened o;
     moe4_checkpoint *file;
-    open_model(&o, folder, MOE4_ACT_DEFAULT, 0);
+    if (try_open_isa(&o, folder, MOE4_ACT_DEFAULT, 0, isa) != MOE4_OK) fail_msg("%s: %s", folder, o.lm.error);
     assert_int_equal(o.model->act, MOE4_ACT_BF16);
     assert_int_equal(moe4_checkpoint_open(&file, o.lm.ctx, expected), MOE4_OK);
     moe4_tensor ids = find_tensor(file, "tokens"), golden = find_tensor(file, "logits");
@@ -21,7 +21,7 @@ static void compare(const char *folder, const char *expected) {
     memcpy(want, golden.data, golden.bytes);
     float *whole = run_logits(&o, tokens, 1, n, n), *stepped = run_logits(&o, tokens, 1, n, 1);
     double error = relative_l2(whole, want, n * VOCAB);
-    print_message("%s: relative L2 %.1e\n", o.model->config.info.family, error);
+    print_message("%s, %s: relative L2 %.1e\n", o.model->config.info.family, moe4_ctx_isa(o.lm.ctx), error);
     assert_true(error <= 1e-5);
     assert_memory_equal(stepped, whole, golden.bytes);
     free(whole);
@@ -30,6 +30,11 @@ static void compare(const char *folder, const char *expected) {
     free(want);
     moe4_checkpoint_close(file);
     close_model(&o);
+}
+
+static void compare(const char *folder, const char *expected) {
+    compare_isa(folder, expected, "scalar");
+    compare_isa(folder, expected, NULL); /* the best there is */
 }
 
 static void test_glm4(void **state) {
