@@ -1,0 +1,290 @@
+/* The shell around the arithmetic: every allocation made to fail in turn, callers of older and newer headers, sizes off by one, contexts
+ * made and destroyed in a storm, eight threads on one layer. */
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "reference.h"
+
+#define MODEL MOE4_SOURCE_DIR "/models/novels-18m-nvfp4"
+
+/* ---- an allocator that counts, and fails when told ---- */
+
+struct counting {
+    atomic_long live, made, fail_at; /* fail_at < 0: never */
+};
+
+static void *counting_alloc(void *user, size_t bytes, size_t align) {
+    struct counting *c = user;
+    if (atomic_fetch_add(&c->made, 1) == c->fail_at) return NULL;
+    void *p = aligned_alloc(align, (bytes + align - 1) / align * align);
+    if (p) atomic_fetch_add(&c->live, 1);
+    return p;
+}
+
+static void counting_free(void *user, void *data) {
+    atomic_fetch_sub(&((struct counting *)user)->live, 1);
+    free(data);
+}
+
+static moe4_ctx_options counting_options(struct counting *c) {
+    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+    o.n_threads = 2;
+    o.alloc = counting_alloc;
+    o.free = counting_free;
+    o.alloc_user = c;
+    return o;
+}
+
+/* Everything a user makes, used once. Stops at the first failure; nothing may be left behind. */
+static moe4_status use_everything(moe4_ctx *ctx) {
+    moe4_checkpoint *model = NULL;
+    moe4_router *router = NULL;
+    moe4_moe *layer = NULL;
+    moe4_linear *linear = NULL;
+    moe4_grouped *grouped = NULL;
+    moe4_weight w;
+    moe4_expert expert;
+    uint64_t n_problems;
+    static float x[256];
+    static uint8_t codes[128], scales[16];
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    o.with_shared = 1;
+    moe4_status status = moe4_checkpoint_open(&model, ctx, MODEL);
+    if (!status) status = moe4_router_create_from_checkpoint(&router, ctx, model, 2, NULL);
+    if (!status) status = moe4_moe_create_from_checkpoint(&layer, ctx, model, 2, &o);
+    if (!status) status = moe4_checkpoint_expert(model, &expert.gate, 2, 5, MOE4_GATE);
+    if (!status) status = moe4_checkpoint_expert(model, &expert.up, 2, 5, MOE4_UP);
+    if (!status) status = moe4_checkpoint_expert(model, &expert.down, 2, 5, MOE4_DOWN);
+    if (!status) status = moe4_moe_replace_expert(layer, 1, &expert);
+    if (!status) status = moe4_checkpoint_weight(model, &w, "model.layers.2.self_attn.q_proj");
+    if (!status) status = moe4_linear_create(&linear, ctx, &w, 1, NULL);
+    if (!status) status = moe4_grouped_create(&grouped, ctx, &w, 1, NULL);
+    if (!status) status = moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x, MOE4_F32, 1, 256, 0, NULL);
+    if (!status) status = moe4_checkpoint_verify(model, &n_problems, NULL, NULL, NULL);
+    moe4_grouped_destroy(grouped);
+    moe4_linear_destroy(linear);
+    moe4_moe_destroy(layer);
+    moe4_router_destroy(router);
+    moe4_checkpoint_close(model);
+    return status;
+}
+
+static void test_every_allocation_fails_once(void **state) {
+    (void)state;
+    struct counting c = {0, 0, -1};
+    moe4_ctx_options o = counting_options(&c);
+    moe4_ctx *ctx;
+    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
+    OK(ctx, use_everything(ctx));
+    moe4_ctx_destroy(ctx);
+    assert_int_equal(c.live, 0);
+    long all = c.made;
+    long harmless = 0; /* the sentence about an index file that need not be there is lost, and nothing else */
+    assert_true(all > 20);
+    for (long n = 0; n < all; n++) {
+        c.made = 0;
+        c.fail_at = n;
+        moe4_status status = moe4_ctx_create(&ctx, &o);
+        if (status == MOE4_OK) {
+            status = use_everything(ctx);
+            if (status != MOE4_OK) assert_true(moe4_ctx_error(ctx)[0] != '\0');
+            moe4_ctx_destroy(ctx);
+        } else {
+            assert_null(ctx);
+        }
+        harmless += status == MOE4_OK;
+        if (status != MOE4_ERROR_MEMORY && status != MOE4_OK) fail_msg("allocation %ld of %ld failed: status %d", n, all, (int)status);
+        if (c.live) fail_msg("allocation %ld of %ld failed: %ld left", n, all, (long)c.live);
+    }
+    assert_true(harmless <= 1);
+}
+
+/* ---- callers of other versions: every option struct, shorter and longer ---- */
+
+static void test_struct_sizes(void **state) {
+    (void)state;
+    moe4_ctx *ctx;
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    moe4_weight w = ref_random_weight(MOE4_NVFP4, 16, 32), gate = ref_random_weight(MOE4_BF16, 8, 32);
+    moe4_expert e = {ref_random_weight(MOE4_NVFP4, 16, 32), ref_random_weight(MOE4_NVFP4, 16, 32), ref_random_weight(MOE4_NVFP4, 32, 16)};
+    struct {
+        union {
+            moe4_linear_options linear;
+            moe4_grouped_options grouped;
+            moe4_router_options router;
+            moe4_moe_options moe;
+            size_t struct_size;
+        };
+        char newer[512];
+    } o;
+    for (int kind = 0; kind < 4; kind++) {
+        memset(&o, 0, sizeof o);
+        if (kind == 0) o.linear = (moe4_linear_options)MOE4_LINEAR_OPTIONS_INIT;
+        if (kind == 1) o.grouped = (moe4_grouped_options)MOE4_GROUPED_OPTIONS_INIT;
+        if (kind == 2) o.router = (moe4_router_options)MOE4_ROUTER_OPTIONS_INIT;
+        if (kind == 3) o.moe = (moe4_moe_options)MOE4_MOE_OPTIONS_INIT;
+        if (kind == 2) o.router.kind = MOE4_ROUTER_SIGMOID_BIAS, o.router.hidden = 32, o.router.n_experts = 8, o.router.top_k = 2;
+        if (kind == 3) o.moe.n_experts = o.moe.top_k = 1;
+        size_t own = o.struct_size;
+        /* as this header says; an older caller (its fields end where the needed ones do); a newer caller, its fields unset, then set */
+        static const size_t needed[] = {sizeof(size_t), sizeof(size_t), offsetof(moe4_router_options, n_group),
+                                        offsetof(moe4_moe_options, act)};
+        for (int version = 0; version < 4; version++) {
+            o.struct_size = version == 0 ? own : version == 1 ? needed[kind] : own + 64;
+            if (version == 3) ((char *)&o)[own + 63] = 1;
+            moe4_linear *linear = NULL;
+            moe4_grouped *grouped = NULL;
+            moe4_router *router = NULL;
+            moe4_moe *moe = NULL;
+            moe4_status status = kind == 0   ? moe4_linear_create(&linear, ctx, &w, 1, &o.linear)
+                                 : kind == 1 ? moe4_grouped_create(&grouped, ctx, &w, 1, &o.grouped)
+                                 : kind == 2 ? moe4_router_create(&router, ctx, &gate, NULL, &o.router)
+                                             : moe4_moe_create(&moe, ctx, &e, &o.moe);
+            if (status != (version == 3 ? MOE4_ERROR_ARGUMENT : MOE4_OK))
+                fail_msg("struct %d, version %d: status %d: %s", kind, version, (int)status, moe4_ctx_error(ctx));
+            moe4_linear_destroy(linear);
+            moe4_grouped_destroy(grouped);
+            moe4_router_destroy(router);
+            moe4_moe_destroy(moe);
+        }
+    }
+    ref_free_weight(&w);
+    ref_free_weight(&gate);
+    ref_free_weight(&e.gate);
+    ref_free_weight(&e.up);
+    ref_free_weight(&e.down);
+    moe4_ctx_destroy(ctx);
+}
+
+/* A report's fields beyond the caller's struct_size are not written. */
+static void test_short_report(void **state) {
+    (void)state;
+    moe4_ctx *ctx;
+    moe4_checkpoint *model;
+    moe4_moe *layer;
+    moe4_workspace ws;
+    static uint16_t x[256], y[256];
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    OK(ctx, moe4_checkpoint_open(&model, ctx, MODEL));
+    OK(ctx, moe4_moe_create_from_checkpoint(&layer, ctx, model, 0, NULL));
+    OK(ctx, moe4_moe_workspace_bytes(layer, &ws.bytes, 1));
+    ws.data = aligned_alloc(64, ws.bytes);
+    OK(ctx, moe4_moe_forward(layer, y, x, NULL, NULL, 1, &ws, NULL));
+    moe4_moe_report report;
+    memset(&report, 0xAB, sizeof report);
+    report.struct_size = offsetof(moe4_moe_report, n_slots);
+    OK(ctx, moe4_moe_report_read(layer, &report, NULL, &ws, NULL));
+    assert_int_equal(report.n_tokens, 1);
+    assert_int_equal(report.n_slots, 0xABABABABABABABABull);
+    free(ws.data);
+    moe4_moe_destroy(layer);
+    moe4_checkpoint_close(model);
+    moe4_ctx_destroy(ctx);
+}
+
+/* ---- threads ---- */
+
+static void *storm(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 25; i++) {
+        moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+        o.n_threads = 1 + (size_t)i % 4;
+        moe4_ctx *ctx;
+        moe4_linear *l;
+        moe4_weight w = {.dtype = MOE4_NVFP4, .rows = 16, .cols = 24, .data = &o, .scale = (const uint8_t *)&o, .global = 1};
+        assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
+        assert_int_equal(moe4_linear_create(&l, ctx, &w, 1, NULL), MOE4_ERROR_ARGUMENT);
+        assert_non_null(strstr(moe4_ctx_error(ctx), "24 columns"));
+        moe4_ctx_destroy(ctx);
+    }
+    return NULL;
+}
+
+static void test_contexts_in_a_storm(void **state) {
+    (void)state;
+    pthread_t t[8];
+    for (int i = 0; i < 8; i++) assert_int_equal(pthread_create(&t[i], NULL, storm, NULL), 0);
+    for (int i = 0; i < 8; i++) pthread_join(t[i], NULL);
+}
+
+enum { CALLERS = 8, TOKENS = 12, HIDDEN = 256, TOP_K = 6 };
+
+struct caller {
+    moe4_ctx *ctx;
+    const moe4_router *router;
+    const moe4_moe *layer;
+    const uint16_t *x;
+    const uint16_t *want;
+    int rounds;
+};
+
+static void call(const struct caller *c, uint16_t *y, const moe4_workspace *ws) {
+    int32_t ids[TOKENS * TOP_K];
+    float weights[TOKENS * TOP_K];
+    OK(c->ctx, moe4_router_forward(c->router, ids, weights, c->x, NULL, TOKENS, ws, NULL));
+    OK(c->ctx, moe4_moe_forward(c->layer, y, c->x, ids, weights, TOKENS, ws, NULL));
+}
+
+static moe4_workspace caller_workspace(const struct caller *c) {
+    moe4_workspace ws;
+    size_t for_router;
+    OK(c->ctx, moe4_router_workspace_bytes(c->router, &for_router, TOKENS));
+    OK(c->ctx, moe4_moe_workspace_bytes(c->layer, &ws.bytes, TOKENS));
+    if (for_router > ws.bytes) ws.bytes = for_router;
+    ws.data = aligned_alloc(64, (ws.bytes + 63) / 64 * 64);
+    return ws;
+}
+
+static void *call_often(void *arg) {
+    const struct caller *c = arg;
+    uint16_t y[TOKENS * HIDDEN];
+    moe4_workspace ws = caller_workspace(c);
+    for (int i = 0; i < c->rounds; i++) {
+        call(c, y, &ws);
+        assert_memory_equal(y, c->want, sizeof y);
+    }
+    free(ws.data);
+    return NULL;
+}
+
+/* MOE4_SOAK=N multiplies the rounds, for a longer run by hand. */
+static void test_eight_threads_on_one_layer(void **state) {
+    (void)state;
+    const char *soak = getenv("MOE4_SOAK");
+    struct caller c = {.rounds = 20 * (soak ? atoi(soak) : 1)};
+    moe4_ctx_options co = MOE4_CTX_OPTIONS_INIT;
+    moe4_router_options ro = MOE4_ROUTER_OPTIONS_INIT;
+    moe4_checkpoint *model;
+    moe4_router *router;
+    moe4_moe *layer;
+    static uint16_t x[TOKENS * HIDDEN], want[TOKENS * HIDDEN];
+    co.n_threads = 3;
+    ro.x_dtype = MOE4_BF16;
+    for (int i = 0; i < TOKENS * HIDDEN; i++) x[i] = moe4_bf16_from_float(ref_normal());
+    assert_int_equal(moe4_ctx_create(&c.ctx, &co), MOE4_OK);
+    OK(c.ctx, moe4_checkpoint_open(&model, c.ctx, MODEL));
+    OK(c.ctx, moe4_router_create_from_checkpoint(&router, c.ctx, model, 4, &ro));
+    OK(c.ctx, moe4_moe_create_from_checkpoint(&layer, c.ctx, model, 4, NULL));
+    c.router = router, c.layer = layer, c.x = x, c.want = want;
+    moe4_workspace ws = caller_workspace(&c);
+    call(&c, want, &ws);
+    free(ws.data);
+    pthread_t t[CALLERS];
+    for (int i = 0; i < CALLERS; i++) assert_int_equal(pthread_create(&t[i], NULL, call_often, &c), 0);
+    for (int i = 0; i < CALLERS; i++) pthread_join(t[i], NULL);
+    moe4_moe_destroy(layer);
+    moe4_router_destroy(router);
+    moe4_checkpoint_close(model);
+    moe4_ctx_destroy(c.ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_allocation_fails_once),
+        cmocka_unit_test(test_struct_sizes),
+        cmocka_unit_test(test_short_report),
+        cmocka_unit_test(test_contexts_in_a_storm),
+        cmocka_unit_test(test_eight_threads_on_one_layer),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
