@@ -6,6 +6,7 @@
  *
  * No sum of words overflows: 8 * 24 * 12 = 2304. The order of a sum is over blocks in order of k. */
 #include "pack.h"
+#include "rows.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -121,7 +122,8 @@ static size_t row_bytes(size_t k) {
 }
 
 /* One chunk from 32 bytes of codes and 4 scales. */
-TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const uint8_t scales[4]) {
+TARGET static void pack_chunk(void *chunk, const uint8_t codes[32], const uint8_t scales[4]) {
+    struct chunk *a = chunk;
     const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
     const __m256i nibble = _mm256_set1_epi8(15), x = _mm256_loadu_si256((const __m256i *)(const void *)codes);
     const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
@@ -141,22 +143,13 @@ TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const ui
 
 static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding) {
-    enum { STEP = 512 };
-    const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
-    struct chunk *a = row;
-    uint64_t n_saturated = 0;
-    for (size_t at = 0; at < k; at += STEP) {
-        uint8_t codes[STEP / 2], scales[STEP / MOE4_BLOCK];
-        const size_t n = k - at < STEP ? k - at : STEP;
-        n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
-        if (n % 64) { /* the last chunk: blocks past the end are zero */
-            memset(codes + n / 2, 0, sizeof codes - n / 2);
-            memset(scales + n / MOE4_BLOCK, 0, sizeof scales - n / MOE4_BLOCK);
-        }
-        for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
-    }
-    *factor_ret = rounding->decode;
-    return n_saturated;
+    return moe4_chunks_pack_row(kernels, row, factor_ret, x, k, rounding, pack_chunk, sizeof(struct chunk));
+}
+
+static void pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
+                       size_t k) {
+    (void)kernels;
+    moe4_chunks_pack_codes(row, factor_ret, codes, scales, k, pack_chunk, sizeof(struct chunk));
 }
 
 static const struct moe4_gemm w4a4 = {
@@ -166,6 +159,7 @@ static const struct moe4_gemm w4a4 = {
     .pack = moe4_tile16_pack,
     .row_bytes = row_bytes,
     .pack_row = pack_row,
+    .pack_codes = pack_codes,
     .gemm = gemm,
 };
 

@@ -13,6 +13,7 @@
  * changes nothing. The block sums are exact integers and the FMAs run over blocks in order of k: one chain for each element, whatever
  * the number of rows or columns in the call. */
 #include "pack.h"
+#include "rows.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -153,7 +154,8 @@ static size_t row_bytes(size_t k) {
 }
 
 /* One chunk from 32 bytes of codes and 4 scales. */
-TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const uint8_t scales[4]) {
+TARGET static void pack_chunk(void *chunk, const uint8_t codes[32], const uint8_t scales[4]) {
+    struct chunk *a = chunk;
     const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
     const __m256i nibble = _mm256_set1_epi8(15), x = _mm256_loadu_si256((const __m256i *)(const void *)codes);
     const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
@@ -173,45 +175,15 @@ TARGET static void pack_chunk(struct chunk *a, const uint8_t codes[32], const ui
     _mm_storeu_si128((__m128i *)(void *)a->table, _mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)four)), 6));
 }
 
-enum { STEP = 512 };
-
-/* n <= STEP elements into chunks. The last chunk's blocks past the end are zero. */
-static struct chunk *pack_step(struct chunk *a, uint8_t codes[STEP / 2], uint8_t scales[STEP / MOE4_BLOCK], size_t n) {
-    if (n % 64) {
-        memset(codes + n / 2, 0, STEP / 2 - n / 2);
-        memset(scales + n / MOE4_BLOCK, 0, STEP / MOE4_BLOCK - n / MOE4_BLOCK);
-    }
-    for (size_t i = 0; i < n; i += 64) pack_chunk(a++, codes + i / 2, scales + i / MOE4_BLOCK);
-    return a;
-}
-
 static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding) {
-    const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
-    struct chunk *a = row;
-    uint64_t n_saturated = 0;
-    for (size_t at = 0; at < k; at += STEP) {
-        uint8_t codes[STEP / 2], scales[STEP / MOE4_BLOCK];
-        const size_t n = k - at < STEP ? k - at : STEP;
-        n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
-        a = pack_step(a, codes, scales, n);
-    }
-    *factor_ret = rounding->decode;
-    return n_saturated;
+    return moe4_chunks_pack_row(kernels, row, factor_ret, x, k, rounding, pack_chunk, sizeof(struct chunk));
 }
 
 static void pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
                        size_t k) {
     (void)kernels;
-    struct chunk *a = row;
-    for (size_t at = 0; at < k; at += STEP) {
-        uint8_t c[STEP / 2], s[STEP / MOE4_BLOCK];
-        const size_t n = k - at < STEP ? k - at : STEP;
-        memcpy(c, codes + at / 2, n / 2);
-        memcpy(s, scales + at / MOE4_BLOCK, n / MOE4_BLOCK);
-        a = pack_step(a, c, s, n);
-    }
-    *factor_ret = 1;
+    moe4_chunks_pack_codes(row, factor_ret, codes, scales, k, pack_chunk, sizeof(struct chunk));
 }
 
 static const struct moe4_gemm w4a4 = {

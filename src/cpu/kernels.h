@@ -57,7 +57,8 @@ struct moe4_gemm {
     uint64_t (*pack_row)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
                          const struct moe4_rounding *rounding);
 
-    /* The same for a row that is NVFP4 already: its values e2m1 * block scale as they are. Not for unquantized weights. */
+    /* The same for a row that is NVFP4 already: its values e2m1 * block scale as they are. NULL: they go through pack_row, which keeps
+     * them (w4a16, wide); w4a4 families must have it. */
     void (*pack_codes)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
                        size_t k);
 

@@ -51,6 +51,49 @@ void moe4_fp32_pack_codes(const struct moe4_kernels *kernels, void *row, float *
     *factor_ret = 1;
 }
 
+/* ---- rows in chunks of 64 k ---- */
+
+enum { CHUNK_K = 64, STEP_CHUNKS = 8 };
+
+/* Whole chunks of n <= STEP_CHUNKS * 64 elements; codes and scales have room up to there. */
+static char *pack_step(char *chunk, uint8_t *codes, uint8_t *scales, size_t n, moe4_pack_chunk pack_chunk, size_t chunk_bytes) {
+    if (n % CHUNK_K) {
+        size_t end = (n + CHUNK_K - 1) / CHUNK_K * CHUNK_K;
+        memset(codes + n / 2, 0, (end - n) / 2);
+        memset(scales + n / MOE4_BLOCK, 0, (end - n) / MOE4_BLOCK);
+    }
+    for (size_t i = 0; i < n; i += CHUNK_K, chunk += chunk_bytes) pack_chunk(chunk, codes + i / 2, scales + i / MOE4_BLOCK);
+    return chunk;
+}
+
+uint64_t moe4_chunks_pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                              const struct moe4_rounding *rounding, moe4_pack_chunk pack_chunk, size_t chunk_bytes) {
+    const struct moe4_quantizer q = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding->S};
+    uint8_t codes[STEP_CHUNKS * CHUNK_K / 2], scales[STEP_CHUNKS * CHUNK_K / MOE4_BLOCK];
+    char *chunk = row;
+    uint64_t n_saturated = 0;
+    for (size_t at = 0, n; at < k; at += n) {
+        n = k - at < STEP_CHUNKS * CHUNK_K ? k - at : STEP_CHUNKS * CHUNK_K;
+        n_saturated += kernels->quantize_row(codes, scales, x + at, n, &q);
+        chunk = pack_step(chunk, codes, scales, n, pack_chunk, chunk_bytes);
+    }
+    *factor_ret = rounding->decode;
+    return n_saturated;
+}
+
+void moe4_chunks_pack_codes(void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales, size_t k, moe4_pack_chunk pack_chunk,
+                            size_t chunk_bytes) {
+    uint8_t c[CHUNK_K / 2], s[CHUNK_K / MOE4_BLOCK];
+    char *chunk = row;
+    for (size_t at = 0, n; at < k; at += n) {
+        n = k - at < CHUNK_K ? k - at : CHUNK_K;
+        memcpy(c, codes + at / 2, n / 2);
+        memcpy(s, scales + at / MOE4_BLOCK, n / MOE4_BLOCK);
+        chunk = pack_step(chunk, c, s, n, pack_chunk, chunk_bytes);
+    }
+    *factor_ret = 1;
+}
+
 /* ---- the stage ---- */
 
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg) {

@@ -16,6 +16,14 @@ uint64_t moe4_fp32_pack_row(const struct moe4_kernels *kernels, void *row, float
 void moe4_fp32_pack_codes(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
                           size_t k);
 
+/* pack_row and pack_codes of families whose rows are chunks of 64 k: one chunk from its 32 bytes of codes and 4 scales. Past the end of a
+ * row both are zero. */
+typedef void (*moe4_pack_chunk)(void *chunk, const uint8_t codes[32], const uint8_t scales[4]);
+uint64_t moe4_chunks_pack_row(const struct moe4_kernels *kernels, void *row, float *factor_ret, const float *x, size_t k,
+                              const struct moe4_rounding *rounding, moe4_pack_chunk pack_chunk, size_t chunk_bytes);
+void moe4_chunks_pack_codes(void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales, size_t k, moe4_pack_chunk pack_chunk,
+                            size_t chunk_bytes);
+
 /* Rounds and packs n_rows rows of k elements. Row i comes from source row index[i], or i. */
 struct moe4_row_stage {
     moe4_ctx *ctx;

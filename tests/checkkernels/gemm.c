@@ -19,6 +19,7 @@ struct product {
     float factor[MOST_ROWS];
     double *a, *b; /* values [n_rows, k] and [n, k] */
     bool counted;  /* saturated blocks as the scalar quantizer counts them */
+    bool kept;     /* codes packed as they are give the row that rounding gave */
 };
 
 static double weight_at(const moe4_weight *w, size_t i) {
@@ -80,11 +81,18 @@ static void make_row(struct check *c, struct product *p, size_t m, enum side sid
         rounding.decode = 1 / rounding.S;
     }
     void *row = guarded(p->gemm->row_bytes(p->k), side);
+    memset(row, 0, p->gemm->row_bytes(p->k));
     uint64_t got = p->gemm->pack_row(c->k, row, &p->factor[m], x, p->k, &rounding);
     p->rows[m] = row;
     if (p->act == MOE4_ACT_TOKEN) {
         const struct moe4_quantizer z = {.recipe = MOE4_RECIPE_ACTIVATION, .global = rounding.S};
         n_saturated = c->scalar->quantize_row(codes, scales, x, p->k, &z);
+        size_t bytes = p->gemm->row_bytes(p->k);
+        float factor;
+        void *given = guarded(bytes, side);
+        memset(given, 0, bytes);
+        p->gemm->pack_codes(c->k, given, &factor, codes, scales, p->k);
+        p->kept &= factor == 1 && same_bytes(given, row, bytes);
     }
     p->counted &= got == n_saturated;
     const moe4_weight as_weight = {.dtype = MOE4_NVFP4, .data = codes, .scale = scales};
@@ -127,7 +135,7 @@ static bool same_in_pieces(struct check *c, const struct product *p, const float
 
 static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dtype dtype, moe4_act act, const char *name) {
     static const size_t ks[] = {16, 32, 48, 112, 256, 272, 512, 528, 1040, MOST_K};
-    bool close = true, exact = true, same = true, counted = true, clean = true;
+    bool close = true, exact = true, same = true, counted = true, kept = true, clean = true;
     char what[80];
     if (!gemm) {
         check_line(c, name, "is missing", false);
@@ -137,7 +145,7 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
     for (int i = 0; i < N_CASES; i++) {
         enum side side = i % 2 ? AT_START : AT_END;
         bool integers = i % 3 == 0;
-        struct product p = {.gemm = gemm, .act = act, .a = a, .b = b, .counted = true, .n_rows = 1 + (size_t)i % MOST_ROWS};
+        struct product p = {.gemm = gemm, .act = act, .a = a, .b = b, .counted = true, .kept = true, .n_rows = 1 + (size_t)i % MOST_ROWS};
         p.k = ks[random_below(&c->random, sizeof ks / sizeof *ks)];
         if (dtype != MOE4_NVFP4) p.k -= random_below(&c->random, 16); /* any k at all */
         p.n = i < MOST_N ? 1 + (size_t)i : 1 + random_below(&c->random, MOST_N);
@@ -152,6 +160,7 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
         for (size_t m = 0; m + 1 < p.n_rows; m++)
             for (size_t j = p.n; j < y_ld; j++) clean &= isnan(y[m * y_ld + j]) != 0;
         counted &= p.counted;
+        kept &= p.kept;
         clean &= guarded_release();
     }
     free(a);
@@ -159,11 +168,8 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
     const struct {
         const char *what;
         bool ok;
-    } lines[] = {{"close to fp64", close},
-                 {"exact on integers", exact},
-                 {"same bits in pieces", same},
-                 {"saturated blocks", counted},
-                 {"stays inside", clean}};
+    } lines[] = {{"close to fp64", close},      {"exact on integers", exact},        {"same bits in pieces", same},
+                 {"saturated blocks", counted}, {"keeps rows that are NVFP4", kept}, {"stays inside", clean}};
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
         snprintf(what, sizeof what, "%s (%s)", lines[i].what, gemm->name);
         check_line(c, name, what, lines[i].ok);
