@@ -90,7 +90,7 @@ static const struct {
     {"offset negative", ENTRY("U8", "[2]", "[-2,0]"), 2, MOE4_ERROR_FORMAT, "data_offsets[0]"},
     {"offset fractional", ENTRY("U8", "[2]", "[0,2.0]"), 2, MOE4_ERROR_FORMAT, "data_offsets[1]"},
     {"offsets backwards", ENTRY("U8", "[2]", "[2,0]"), 2, MOE4_ERROR_FORMAT, "end at 0|begin at 2"},
-    {"past the end", ENTRY("U8", "[3]", "[0,3]"), 2, MOE4_ERROR_FORMAT, "end at 3|2 bytes of data"},
+    {"past the end", ENTRY("U8", "[3]", "[0,3]"), 2, MOE4_ERROR_FORMAT, "data_offsets end at 3|2 bytes of data"},
     {"far past the end", ENTRY("U8", "[2]", "[9223372036854775805,9223372036854775807]"), 2, MOE4_ERROR_FORMAT,
      "9223372036854775807|2 bytes"},
     {"overlap", "{" A ",\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[1,3]}}", 3, MOE4_ERROR_FORMAT,
