@@ -27,18 +27,20 @@ static bool ends_with(const char *name, const char *suffix) {
     return n > k && strcmp(name + n - k, suffix) == 0;
 }
 
-/* True when the tensor belongs to an NVFP4 module: its name and matrix. is_main_ret: it is the codes. */
-static bool nvfp4_module(char *module, size_t module_bytes, moe4_weight *w, bool *is_main_ret, const moe4_checkpoint *ckpt,
-                         const moe4_tensor *t) {
+/* The codes of the NVFP4 module that the tensor belongs to, by names and dtypes alone: no value is touched. False when there is none. */
+static bool nvfp4_codes(moe4_tensor *codes, char *module, size_t module_bytes, const moe4_checkpoint *ckpt, const moe4_tensor *t) {
     static const char *const suffixes[] = {".weight", ".weight_scale", ".weight_scale_2", ".input_scale"};
+    char name[600];
+    moe4_tensor other;
     for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
-        size_t n = strlen(t->name) - strlen(suffixes[i]);
-        if (!ends_with(t->name, suffixes[i]) || n >= module_bytes) continue;
+        if (!ends_with(t->name, suffixes[i])) continue;
         if (i == 0 && t->dtype != MOE4_U8) return false; /* most of an unquantized model */
-        memcpy(module, t->name, n);
-        module[n] = '\0';
-        *is_main_ret = i == 0;
-        return moe4_checkpoint_weight(ckpt, w, module) == MOE4_OK && w->dtype == MOE4_NVFP4;
+        int n = (int)(strlen(t->name) - strlen(suffixes[i]));
+        snprintf(module, module_bytes, "%.*s", n, t->name);
+        snprintf(name, sizeof name, "%s.weight_scale_2", module);
+        if (moe4_checkpoint_find(ckpt, &other, name) != MOE4_OK) return false;
+        snprintf(name, sizeof name, "%s.weight", module);
+        return moe4_checkpoint_find(ckpt, codes, name) == MOE4_OK && codes->dtype == MOE4_U8 && codes->n_dims == 2;
     }
     return false;
 }
@@ -76,15 +78,13 @@ static struct inspect_kind *find_kind(struct inspect_kinds *kinds, const char *p
 bool inspect_kinds_read(struct inspect_kinds *kinds, const moe4_checkpoint *ckpt) {
     char module[512], pattern[512];
     for (size_t i = 0; i < moe4_checkpoint_n_tensors(ckpt); i++) {
-        moe4_tensor t;
-        moe4_weight w;
-        bool is_main;
-        if (moe4_checkpoint_tensor(ckpt, &t, i) != MOE4_OK || strlen(t.name) >= sizeof pattern) continue;
+        moe4_tensor t, codes;
+        if (moe4_checkpoint_tensor(ckpt, &t, i) != MOE4_OK || strlen(t.name) >= sizeof module) continue;
         struct inspect_kind *k;
-        if (nvfp4_module(module, sizeof module, &w, &is_main, ckpt, &t)) {
+        if (nvfp4_codes(&codes, module, sizeof module, ckpt, &t)) {
             make_pattern(pattern, module);
-            k = find_kind(kinds, pattern, "NVFP4", (size_t[]){w.rows, w.cols}, 2);
-            if (k) k->count += is_main;
+            k = find_kind(kinds, pattern, "NVFP4", (size_t[]){codes.shape[0], 2 * codes.shape[1]}, 2);
+            if (k) k->count += t.data == codes.data;
         } else {
             make_pattern(pattern, t.name);
             k = find_kind(kinds, pattern, moe4_dtype_name(t.dtype), t.shape, t.n_dims);

@@ -52,7 +52,8 @@ static const char *number(struct source *s, char text[static 24], size_t likely)
 
 enum { MAX_HEADER = 16384, MAX_ENTRY = 1024 };
 
-static size_t write_header(char *header, struct source *s) {
+/* Returns its length; *data_bytes_ret: of the data it describes. */
+static size_t write_header(char *header, size_t *data_bytes_ret, struct source *s) {
     static const char *const dtypes[] = {"F32", "F16", "BF16", "F64", "U8", "F8_E4M3", "F8_E8M0", "BOOL", "I64", "F4", "", "x"};
     static const size_t bytes_of[] = {4, 2, 2, 8, 1, 1, 1, 1, 8, 1, 1, 1};
     char a[24], b[24];
@@ -70,15 +71,19 @@ static size_t write_header(char *header, struct source *s) {
         at += (size_t)sprintf(header + at, "],\"data_offsets\":[%s,%s]}", number(s, a, offset), number(s, b, offset + bytes));
         offset += bytes;
     }
+    *data_bytes_ret = offset;
     return at + (size_t)sprintf(header + at, "}");
 }
 
 static void parse_generated(const uint8_t *data, size_t size) {
     struct source source = {data, size};
-    size_t data_bytes = take(&source) * 16 + take(&source);
+    unsigned choice = take(&source);
+    size_t data_bytes = 0;
     uint8_t *file = calloc(1, 8 + MAX_HEADER);
     if (!file) abort();
-    size_t n = write_header((char *)file + 8, &source);
+    size_t n = write_header((char *)file + 8, &data_bytes, &source);
+    if (choice >= 200) data_bytes = choice - 200;
+    if (data_bytes > 1 << 20) data_bytes = 1 << 20;
     for (int i = 0; i < 8; i++) file[i] = (uint8_t)((uint64_t)n >> 8 * i);
     uint8_t *exact = calloc(1, 8 + n + data_bytes); /* a sanitizer sees the first byte behind */
     if (!exact) abort();
