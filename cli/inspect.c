@@ -29,18 +29,29 @@ static bool ends_with(const char *name, const char *suffix) {
 
 /* The codes of the NVFP4 module that the tensor belongs to, by names and dtypes alone: no value is touched. False when there is none. */
 static bool nvfp4_codes(moe4_tensor *codes, char *module, size_t module_bytes, const moe4_checkpoint *ckpt, const moe4_tensor *t) {
-    static const char *const suffixes[] = {".weight", ".weight_scale", ".weight_scale_2", ".input_scale"};
+    static const struct {
+        const char *suffix, *codes, *global; /* the tensor is .suffix; of this layout when .codes and .global stand beside it */
+    } layouts[] = {
+        {".weight", ".weight", ".weight_scale_2"},
+        {".weight_scale", ".weight", ".weight_scale_2"},
+        {".weight_scale_2", ".weight", ".weight_scale_2"},
+        {".input_scale", ".weight", ".weight_scale_2"},
+        {".weight_packed", ".weight_packed", ".weight_global_scale"},
+        {".weight_scale", ".weight_packed", ".weight_global_scale"},
+        {".weight_global_scale", ".weight_packed", ".weight_global_scale"},
+        {".input_global_scale", ".weight_packed", ".weight_global_scale"},
+    };
     char name[600];
     moe4_tensor other;
-    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
-        if (!ends_with(t->name, suffixes[i])) continue;
-        if (i == 0 && t->dtype != MOE4_U8) return false; /* most of an unquantized model */
-        int n = (int)(strlen(t->name) - strlen(suffixes[i]));
+    if (ends_with(t->name, ".weight") && t->dtype != MOE4_U8) return false; /* most of an unquantized model */
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
+        if (!ends_with(t->name, layouts[i].suffix)) continue;
+        int n = (int)(strlen(t->name) - strlen(layouts[i].suffix));
         snprintf(module, module_bytes, "%.*s", n, t->name);
-        snprintf(name, sizeof name, "%s.weight_scale_2", module);
-        if (moe4_checkpoint_find(ckpt, &other, name) != MOE4_OK) return false;
-        snprintf(name, sizeof name, "%s.weight", module);
-        return moe4_checkpoint_find(ckpt, codes, name) == MOE4_OK && codes->dtype == MOE4_U8 && codes->n_dims == 2;
+        snprintf(name, sizeof name, "%s%s", module, layouts[i].global);
+        if (moe4_checkpoint_find(ckpt, &other, name) != MOE4_OK) continue;
+        snprintf(name, sizeof name, "%s%s", module, layouts[i].codes);
+        if (moe4_checkpoint_find(ckpt, codes, name) == MOE4_OK && codes->dtype == MOE4_U8 && codes->n_dims == 2) return true;
     }
     return false;
 }

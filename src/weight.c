@@ -52,6 +52,7 @@ struct module {
 
 static void read_plain(struct module *m, moe4_weight *w);
 static void read_modelopt(struct module *m, moe4_weight *w);
+static void read_compressed_tensors(struct module *m, moe4_weight *w);
 
 #define DTYPE(d) (1u << (d))
 static const struct format {
@@ -59,18 +60,23 @@ static const struct format {
     unsigned needs, allows;                         /* BITs of suffixes */
     unsigned marks;                                 /* those that no other format has */
     unsigned dtypes;                                /* of the tensor that holds the values; 0: any */
+    unsigned scale_dtypes;                          /* of weight_scale; 0: any */
     void (*read)(struct module *m, moe4_weight *w); /* NULL: known, not run */
 } formats[] = {
-    {"none", BIT(WEIGHT), 0, 0, DTYPE(MOE4_BF16) | DTYPE(MOE4_F16) | DTYPE(MOE4_F32), read_plain},
-    {"modelopt NVFP4", BIT(WEIGHT) | BIT(WEIGHT_SCALE) | BIT(WEIGHT_SCALE_2), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_2), 0, read_modelopt},
+    {"none", BIT(WEIGHT), 0, 0, DTYPE(MOE4_BF16) | DTYPE(MOE4_F16) | DTYPE(MOE4_F32), 0, read_plain},
+    {"modelopt NVFP4", BIT(WEIGHT) | BIT(WEIGHT_SCALE) | BIT(WEIGHT_SCALE_2), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_2), 0, 0, read_modelopt},
     {"compressed-tensors nvfp4-pack-quantized", BIT(WEIGHT_PACKED) | BIT(WEIGHT_SCALE) | BIT(WEIGHT_GLOBAL_SCALE), BIT(INPUT_GLOBAL_SCALE),
-     BIT(WEIGHT_PACKED) | BIT(WEIGHT_GLOBAL_SCALE) | BIT(INPUT_GLOBAL_SCALE), 0, NULL},
-    {"FP8 block-scaled (weight_scale_inv)", BIT(WEIGHT) | BIT(WEIGHT_SCALE_INV), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_INV), 0, NULL},
-    {"FP8 (weight_scale)", BIT(WEIGHT) | BIT(WEIGHT_SCALE), BIT(INPUT_SCALE), 0, DTYPE(MOE4_F8_E4M3), NULL},
-    {"FP8 block-scaled (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_F8_E4M3), NULL},
-    {"MXFP4 (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_I8) | DTYPE(MOE4_U8), NULL},
-    {"MXFP4 (blocks, scales)", BIT(BLOCKS) | BIT(SCALES), 0, BIT(BLOCKS), 0, NULL},
-    {"GPTQ or AWQ (qweight)", BIT(QWEIGHT), 0, BIT(QWEIGHT), 0, NULL},
+     BIT(WEIGHT_PACKED) | BIT(WEIGHT_GLOBAL_SCALE) | BIT(INPUT_GLOBAL_SCALE), 0, 0, read_compressed_tensors},
+    {"compressed-tensors MXFP4 (weight_packed, 8-bit weight_scale)", BIT(WEIGHT_PACKED) | BIT(WEIGHT_SCALE), 0, 0, 0,
+     DTYPE(MOE4_U8) | DTYPE(MOE4_F8_E8M0), NULL},
+    {"compressed-tensors integers (weight_packed, floating-point weight_scale)", BIT(WEIGHT_PACKED) | BIT(WEIGHT_SCALE), 0, 0,
+     DTYPE(MOE4_I32), DTYPE(MOE4_BF16) | DTYPE(MOE4_F16) | DTYPE(MOE4_F32), NULL},
+    {"FP8 block-scaled (weight_scale_inv)", BIT(WEIGHT) | BIT(WEIGHT_SCALE_INV), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_INV), 0, 0, NULL},
+    {"FP8 (weight_scale)", BIT(WEIGHT) | BIT(WEIGHT_SCALE), BIT(INPUT_SCALE), 0, DTYPE(MOE4_F8_E4M3), 0, NULL},
+    {"FP8 block-scaled (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_F8_E4M3), 0, NULL},
+    {"MXFP4 (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_I8) | DTYPE(MOE4_U8), 0, NULL},
+    {"MXFP4 (blocks, scales)", BIT(BLOCKS) | BIT(SCALES), 0, BIT(BLOCKS), 0, 0, NULL},
+    {"GPTQ or AWQ (qweight)", BIT(QWEIGHT), 0, BIT(QWEIGHT), 0, 0, NULL},
 };
 enum { N_FORMATS = sizeof formats / sizeof *formats };
 
@@ -152,10 +158,9 @@ static float read_global(struct module *m, const moe4_tensor *t) {
     return 0;
 }
 
-static void read_modelopt(struct module *m, moe4_weight *w) {
-    const moe4_tensor *codes = m->part[WEIGHT], *scale = m->part[WEIGHT_SCALE];
-    float global = read_global(m, m->part[WEIGHT_SCALE_2]);
-    float input_scale = m->part[INPUT_SCALE] ? read_global(m, m->part[INPUT_SCALE]) : 0;
+/* Codes and block scales are alike in all NVFP4 layouts; the factors are not. */
+static void read_nvfp4(struct module *m, moe4_weight *w, const moe4_tensor *codes, float global, float input_scale) {
+    const moe4_tensor *scale = m->part[WEIGHT_SCALE];
     if (codes->dtype != MOE4_U8) wrong(m, MOE4_ERROR_FORMAT, codes->name, "dtype %s, need U8", moe4_dtype_name(codes->dtype));
     if (scale->dtype != MOE4_F8_E4M3) wrong(m, MOE4_ERROR_FORMAT, scale->name, "dtype %s, need F8_E4M3", moe4_dtype_name(scale->dtype));
     if (!check_matrix(m, codes)) return;
@@ -179,6 +184,26 @@ static void read_modelopt(struct module *m, moe4_weight *w) {
                        .input_scale = input_scale};
 }
 
+static void read_modelopt(struct module *m, moe4_weight *w) {
+    float global = read_global(m, m->part[WEIGHT_SCALE_2]);
+    float input_scale = m->part[INPUT_SCALE] ? read_global(m, m->part[INPUT_SCALE]) : 0;
+    read_nvfp4(m, w, m->part[WEIGHT], global, input_scale);
+}
+
+/* A stored divisor as the factor it stands for. */
+static float read_divisor(struct module *m, const moe4_tensor *t) {
+    float divisor = read_global(m, t), factor = divisor > 0 ? 1 / divisor : 0;
+    if (isfinite(factor)) return factor;
+    wrong(m, MOE4_ERROR_FORMAT, t->name, "%g: its inverse is not finite", (double)divisor);
+    return 0;
+}
+
+static void read_compressed_tensors(struct module *m, moe4_weight *w) {
+    float global = read_divisor(m, m->part[WEIGHT_GLOBAL_SCALE]);
+    float input_scale = m->part[INPUT_GLOBAL_SCALE] ? read_divisor(m, m->part[INPUT_GLOBAL_SCALE]) : 0;
+    read_nvfp4(m, w, m->part[WEIGHT_PACKED], global, input_scale);
+}
+
 /* ---- choosing ---- */
 
 static const moe4_tensor *main_part(const struct module *m) {
@@ -189,7 +214,8 @@ static const moe4_tensor *main_part(const struct module *m) {
 
 static bool fits(const struct format *f, const struct module *m) {
     if ((m->found & f->needs) != f->needs || m->found & ~(f->needs | f->allows)) return false;
-    return !f->dtypes || f->dtypes & DTYPE(main_part(m)->dtype);
+    if (f->dtypes && !(f->dtypes & DTYPE(main_part(m)->dtype))) return false;
+    return !f->scale_dtypes || f->scale_dtypes & DTYPE(m->part[WEIGHT_SCALE]->dtype);
 }
 
 /* No format fits: says whether there are too many or too few companions. */

@@ -315,6 +315,9 @@ struct entry {
 #define CODES(n) "a.weight", "U8", "[2," #n "]", 2 * n, NULL
 #define SCALES(n) "a.weight_scale", "F8_E4M3", "[2," #n "]", 2 * n, NULL
 #define GLOBAL "a.weight_scale_2", "F32", "[]", 4, ONE
+#define TWO "\0\0\0\x40"
+#define PACKED(n) "a.weight_packed", "U8", "[2," #n "]", 2 * n, NULL
+#define GLOBAL_OF(bytes) "a.weight_global_scale", "F32", "[1]", 4, bytes
 
 static void write_entries(const struct entry *e) {
     char header[2048], data[2048] = {0};
@@ -417,13 +420,40 @@ static void test_companions(void **state) {
          MOE4_ERROR_UNSUPPORTED,
          "unsupported: a: FP8 (weight_scale)",
          {{"a.weight", "F8_E4M3", "[2,8]", 16, NULL}, {"a.weight_scale", "F32", "[]", 4, ONE}, {"a.input_scale", "F32", "[]", 4, ONE}}},
-        {"compressed-tensors",
+        {"compressed-tensors", MOE4_OK, "", {{PACKED(16)}, {SCALES(2)}, {GLOBAL_OF(TWO)}, {"a.input_global_scale", "F32", "[1]", 4, TWO}}},
+        {"compressed-tensors without an input scale", MOE4_OK, "", {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF(ONE)}}},
+        {"compressed-tensors, narrow scales",
+         MOE4_ERROR_FORMAT,
+         "a.weight_scale: 2x1, need 2x2",
+         {{PACKED(16)}, {SCALES(1)}, {GLOBAL_OF(ONE)}}},
+        {"compressed-tensors, global 0",
+         MOE4_ERROR_FORMAT,
+         "a.weight_global_scale: 0, need a positive",
+         {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF(NULL)}}},
+        {"compressed-tensors, no inverse",
+         MOE4_ERROR_FORMAT,
+         "a.weight_global_scale: 1.4013e-45: its inverse is not finite",
+         {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF("\1\0\0\0")}}},
+        {"compressed-tensors, no inverse of the input",
+         MOE4_ERROR_FORMAT,
+         "a.input_global_scale: 1.4013e-45: its inverse is not finite",
+         {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF(ONE)}, {"a.input_global_scale", "F32", "[1]", 4, "\1\0\0\0"}}},
+        {"compressed-tensors, a factor's input scale",
+         MOE4_ERROR_FORMAT,
+         "a: input_scale beside compressed-tensors",
+         {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF(ONE)}, {"a.input_scale", "F32", "[1]", 4, ONE}}},
+        {"compressed-tensors, no global",
+         MOE4_ERROR_FORMAT,
+         "a: weight_scale, weight_packed without weight_global_scale",
+         {{PACKED(8)}, {SCALES(1)}}},
+        {"compressed-tensors MXFP4",
          MOE4_ERROR_UNSUPPORTED,
-         "unsupported: a: compressed-tensors nvfp4-pack-quantized",
-         {{"a.weight_packed", "U8", "[2,8]", 16, NULL},
-          {SCALES(1)},
-          {"a.weight_global_scale", "F32", "[1]", 4, ONE},
-          {"a.input_global_scale", "F32", "[1]", 4, ONE}}},
+         "unsupported: a: compressed-tensors MXFP4",
+         {{PACKED(16)}, {"a.weight_scale", "U8", "[2,1]", 2, NULL}}},
+        {"compressed-tensors integers",
+         MOE4_ERROR_UNSUPPORTED,
+         "unsupported: a: compressed-tensors integers",
+         {{"a.weight_packed", "I32", "[2,2]", 16, NULL}, {"a.weight_scale", "BF16", "[2,1]", 4, NULL}}},
         {"MXFP4",
          MOE4_ERROR_UNSUPPORTED,
          "unsupported: a: MXFP4 (scale)",
@@ -448,6 +478,11 @@ static void test_companions(void **state) {
             assert_true(w.global == 1 && w.input_scale == 1);
         }
         if (i == 1) assert_true(w.input_scale == 0);
+        if (strcmp(cases[i].what, "compressed-tensors") == 0) { /* divisors, of 2 */
+            assert_int_equal(w.dtype, MOE4_NVFP4);
+            assert_int_equal(w.cols, 32);
+            assert_true(w.global == 0.5f && w.input_scale == 0.5f);
+        }
         moe4_checkpoint_close(ckpt);
     }
 }
