@@ -163,20 +163,32 @@ typedef enum moe4_recipe {
     MOE4_RECIPE_COMPRESSED_TENSORS
 } moe4_recipe;
 
+/* Where the block scales of a matrix [rows, cols], n = cols/16, lie; docs/format.md has the formulas. */
+typedef enum moe4_scale_layout {
+    MOE4_SCALES_LINEAR = 0, /* bytes [rows, n] */
+    MOE4_SCALES_WORDS,      /* 32-bit words [ceil(n/4), rows]: a word has four consecutive blocks' scales, the lowest byte first */
+    MOE4_SCALES_128X4       /* tiles of 128 rows x 4 blocks, padded: what cuBLASLt, CUTLASS and FlashInfer read */
+} moe4_scale_layout;
+
 typedef struct moe4_quantize_options {
     size_t struct_size;
     moe4_recipe recipe;
     const float *global; /* NULL: from the amax of x; otherwise the recipe's stored number: one, or [rows] with per_row */
     int per_row;         /* a global scale for each row instead of one for all */
     int four_over_six;   /* MODELOPT only: s2 = amax/1536 and the better of two scales per block */
+    moe4_scale_layout scale_layout;
+    size_t interleave; /* 0, or a granularity: the rows of the unquantized matrix are gate and up in groups of so many, those of codes,
+                        * scales and global are [gate; up] halves, in scale_layout two matrices [rows/2, cols] one after the other */
 } moe4_quantize_options;
 #define MOE4_QUANTIZE_OPTIONS_INIT \
-    { sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0 }
+    { sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0, MOE4_SCALES_LINEAR, 0 }
 
-/* codes[rows, cols/2], scales[rows, cols/16] = quantize(x[rows, cols]); low nibble = even k; scales are linear E4M3 bytes.
+/* codes[rows, cols/2], scales[rows, cols/16] = quantize(x[rows, cols]); low nibble = even k; scales are E4M3 bytes, linear unless the
+ * options say otherwise (moe4_scales_bytes has their size; padding is zeroed).
  * x is F32, BF16 or F16; cols a multiple of 16; ld as in the conventions. global_ret (or NULL) gets the global scale used, one or
  * [rows]; n_saturated_ret (or NULL) the number of blocks whose scale before rounding exceeds 464.
- * Errors: ARGUMENT (cols, dtype, ld, a global that is not positive and finite), FORMAT (x has a NaN or Inf: row and column). */
+ * Errors: ARGUMENT (cols, dtype, ld, a global that is not positive and finite, an interleave that does not divide rows/2), FORMAT (x has a
+ * NaN or Inf: row and column). */
 MOE4_API moe4_status moe4_nvfp4_quantize(moe4_ctx *ctx, uint8_t *codes, uint8_t *scales, float *global_ret, uint64_t *n_saturated_ret,
                                          const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld,
                                          const moe4_quantize_options *options);
@@ -216,6 +228,34 @@ typedef struct moe4_weight_stats {
 
 /* Counts over the block scales of an NVFP4 weight. Errors: ARGUMENT (not NVFP4). */
 MOE4_API moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, const moe4_weight *weight);
+
+/* ---- layouts ------------------------------------------------------------------------------------------------------------------ */
+
+/* The same numbers in another order. n_matrices matrices (experts) stand one after another on both sides; dst and src do not overlap, need
+ * no alignment and may be NULL where they have no bytes. Any size is fine, 0 too. Errors: ARGUMENT (both numbers). */
+
+/* Bytes of the scales of n_matrices matrices [rows, cols], cols a multiple of 16. With n = cols/16, in bytes for each matrix:
+ * LINEAR rows * n, WORDS rows * 4 * ceil(n/4), 128X4 roundup(rows, 128) * 4 * ceil(n/4). */
+MOE4_API moe4_status moe4_scales_bytes(moe4_ctx *ctx, size_t *bytes_ret, moe4_scale_layout layout, size_t n_matrices, size_t rows,
+                                       size_t cols);
+/* Scales of n_matrices matrices [rows, cols] from one layout to another. Each matrix is padded by itself, dst's padding is zeroed, src's
+ * not looked at. Gate and up are two matrices here: with [gate; up] halves of E experts pass n_matrices 2 * E and the rows of one half. */
+MOE4_API moe4_status moe4_scales_convert(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src,
+                                         moe4_scale_layout src_layout, size_t n_matrices, size_t rows, size_t cols);
+
+/* Rows [gate; up] of each matrix [rows, row_bytes], the first half gate's, to groups of `granularity` gate rows and as many of up in turn;
+ * and back. `rows` counts both and is even; granularity divides rows/2. A row is anything: cols/2 bytes of codes, cols/16 of linear
+ * scales, an unquantized row, 4 bytes of an fp32 bias. */
+MOE4_API moe4_status moe4_rows_interleave(moe4_ctx *ctx, void *dst, const void *src, size_t n_matrices, size_t rows, size_t row_bytes,
+                                          size_t granularity);
+MOE4_API moe4_status moe4_rows_deinterleave(moe4_ctx *ctx, void *dst, const void *src, size_t n_matrices, size_t rows, size_t row_bytes,
+                                            size_t granularity);
+
+/* dst [n_matrices, cols, rows] = src [n_matrices, rows, cols] with the last two dimensions exchanged; element_bytes 1, 2 or 4. For weights
+ * given K-major, as Llama-4 and gpt-oss checkpoints have them, where a byte holds k and k+1 of one column n: codes [E,K/2,N] to [E,N,K/2]
+ * with rows K/2, scales [E,K/16,N] to [E,N,K/16] with rows K/16, unquantized [E,K,N] with rows K; cols N. */
+MOE4_API moe4_status moe4_transpose(moe4_ctx *ctx, void *dst, const void *src, size_t n_matrices, size_t rows, size_t cols,
+                                    size_t element_bytes);
 
 /* ---- activation modes --------------------------------------------------------------------------------------------------------- */
 

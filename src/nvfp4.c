@@ -8,7 +8,7 @@
 #include "bits.h"
 #include "cpu/kernels.h"
 #include "fpenv.h"
-#include "internal.h"
+#include "layout.h"
 
 float moe4_nvfp4_global(moe4_recipe recipe, float amax, int four_over_six) {
     if (amax == 0) return 1;
@@ -37,6 +37,7 @@ struct matrix_job {
     atomic_bool bad;
     void (*piece)(struct matrix_job *job, size_t row, size_t col, size_t n);
     size_t row_pieces, task_pieces;
+    size_t part_rows, part_bytes; /* scales: rows of a matrix that is laid out by itself, and its bytes */
 };
 
 static void run_task(void *arg, size_t task) {
@@ -71,9 +72,14 @@ static moe4_status check_matrix(struct matrix_job *job, const void *data, const 
     return MOE4_OK;
 }
 
+/* Rows are those of codes; x's and y's may be gate's and up's in turn. */
+static size_t place(const struct matrix_job *job, size_t row, size_t col) {
+    return (job->o.interleave ? moe4_interleaved_row(row, job->rows / 2, job->o.interleave) : row) * job->ld + col;
+}
+
 /* x[row, col..col+n) as fp32: in place or widened into buf. */
 static const float *piece_of_x(const struct matrix_job *job, float buf[PIECE], size_t row, size_t col, size_t n) {
-    size_t at = row * job->ld + col;
+    size_t at = place(job, row, col);
     if (job->dtype == MOE4_F32) return (const float *)job->x + at;
     job->ctx->kernels->widen_row(buf, (const uint16_t *)job->x + at, job->dtype, n);
     return buf;
@@ -100,6 +106,22 @@ static moe4_status amax(struct matrix_job *job, float *amax_ret) {
 
 /* ---- options and globals ---- */
 
+static moe4_status read_layout(struct matrix_job *job) {
+    moe4_ctx *ctx = job->ctx;
+    size_t n_parts = job->o.interleave ? 2 : 1, bytes;
+    job->part_rows = job->rows / n_parts;
+    MOE4_CHECK(ctx, (unsigned)job->o.scale_layout <= MOE4_SCALES_128X4, MOE4_ERROR_ARGUMENT, "options.scale_layout: %d, there are 0 to %d",
+               (int)job->o.scale_layout, (int)MOE4_SCALES_128X4);
+    MOE4_CHECK(ctx, job->rows % n_parts == 0, MOE4_ERROR_ARGUMENT, "rows: %zu, need an even number: gate and up have as many", job->rows);
+    MOE4_CHECK(ctx, !job->o.interleave || job->part_rows % job->o.interleave == 0, MOE4_ERROR_ARGUMENT,
+               "options.interleave: %zu does not divide the %zu rows of gate", job->o.interleave, job->part_rows);
+    MOE4_CHECK(ctx,
+               moe4_scales_size(&job->part_bytes, job->o.scale_layout, job->part_rows, job->cols / MOE4_BLOCK) &&
+                   moe4_mul(&bytes, job->part_bytes, n_parts),
+               MOE4_ERROR_ARGUMENT, "scales of %zu x %zu do not fit in memory", job->rows, job->cols);
+    return MOE4_OK;
+}
+
 static moe4_status read_options(struct matrix_job *job, const moe4_quantize_options *options) {
     moe4_ctx *ctx = job->ctx;
     job->o = (moe4_quantize_options)MOE4_QUANTIZE_OPTIONS_INIT;
@@ -110,6 +132,7 @@ static moe4_status read_options(struct matrix_job *job, const moe4_quantize_opti
     MOE4_CHECK(ctx, !job->o.four_over_six || job->o.recipe == MOE4_RECIPE_MODELOPT, MOE4_ERROR_ARGUMENT,
                "options.four_over_six: recipe %d lacks it, only %d has it", (int)job->o.recipe, (int)MOE4_RECIPE_MODELOPT);
     MOE4_CHECK(ctx, job->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT, "cols: %zu, need a multiple of %d", job->cols, MOE4_BLOCK);
+    MOE4_TRY(read_layout(job));
     for (size_t i = 0; job->o.global && i < (job->o.per_row ? job->rows : 1); i++) {
         float g = job->o.global[i];
         MOE4_CHECK(ctx, g > 0 && g <= FLT_MAX, MOE4_ERROR_ARGUMENT, "options.global[%zu]: %g, need a positive finite number", i, g);
@@ -135,20 +158,41 @@ static struct moe4_quantizer row_quantizer(const struct matrix_job *job, size_t 
     return z;
 }
 
+/* ---- scales of a piece, linear: in place, or in buf ---- */
+
+static uint8_t *piece_of_scales(const struct matrix_job *job, uint8_t buf[PIECE / MOE4_BLOCK], size_t row, size_t col) {
+    return job->o.scale_layout == MOE4_SCALES_LINEAR ? job->scales + (row * job->cols + col) / MOE4_BLOCK : buf;
+}
+
+static const uint8_t *get_scales(const struct matrix_job *job, uint8_t buf[PIECE / MOE4_BLOCK], size_t row, size_t col, size_t n) {
+    uint8_t *scales = piece_of_scales(job, buf, row, col);
+    if (scales == buf)
+        moe4_scales_get(buf, job->scales + row / job->part_rows * job->part_bytes, job->o.scale_layout, job->part_rows,
+                        job->cols / MOE4_BLOCK, row % job->part_rows, col / MOE4_BLOCK, n / MOE4_BLOCK);
+    return scales;
+}
+
+static void put_scales(const struct matrix_job *job, const uint8_t buf[PIECE / MOE4_BLOCK], size_t row, size_t col, size_t n) {
+    moe4_scales_put(job->scales + row / job->part_rows * job->part_bytes, buf, job->o.scale_layout, job->part_rows, job->cols / MOE4_BLOCK,
+                    row % job->part_rows, col / MOE4_BLOCK, n / MOE4_BLOCK);
+}
+
 /* ---- quantize ---- */
 
 static void quantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
     float buf[PIECE];
-    size_t at = row * job->cols + col;
+    uint8_t scales_buf[PIECE / MOE4_BLOCK], *scales = piece_of_scales(job, scales_buf, row, col);
     const struct moe4_quantizer z = row_quantizer(job, row);
     const float *x = piece_of_x(job, buf, row, col, n);
-    uint64_t n_saturated = job->ctx->kernels->quantize_row(job->codes + at / 2, job->scales + at / MOE4_BLOCK, x, n, &z);
+    uint64_t n_saturated = job->ctx->kernels->quantize_row(job->codes + (row * job->cols + col) / 2, scales, x, n, &z);
+    if (scales == scales_buf) put_scales(job, scales, row, col, n);
     if (n_saturated) atomic_fetch_add_explicit(&job->n_saturated, n_saturated, memory_order_relaxed);
 }
 
-/* The first NaN or Inf of x, by row and column. */
-static moe4_status fail_nonfinite(const struct matrix_job *job) {
+/* The first NaN or Inf of x, by row and column of x. */
+static moe4_status fail_nonfinite(struct matrix_job *job) {
     float buf[PIECE];
+    job->o.interleave = 0;
     for (size_t row = 0; row < job->rows; row++)
         for (size_t col = 0, n; col < job->cols; col += n) {
             n = job->cols - col < PIECE ? job->cols - col : PIECE;
@@ -167,6 +211,8 @@ static moe4_status quantize_checked(struct matrix_job *job, float *global_ret) {
     for (size_t i = 0; i < n_globals; i++)
         if (job->amax[i] >= 0x7f800000) return fail_nonfinite(job);
     run_pieces(job, quantize_piece);
+    for (size_t row = 0; job->cols && row < job->rows; row += job->part_rows)
+        moe4_scales_pad(job->scales + row / job->part_rows * job->part_bytes, job->o.scale_layout, job->part_rows, job->cols / MOE4_BLOCK);
     for (size_t i = 0; global_ret && i < n_globals; i++) global_ret[i] = row_quantizer(job, i).global;
     return MOE4_OK;
 }
@@ -188,17 +234,25 @@ static moe4_status quantize(struct matrix_job *job, float *global_ret, uint64_t 
 /* ---- dequantize ---- */
 
 static void check_scales_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
-    const uint8_t *scales = job->scales + (row * job->cols + col) / MOE4_BLOCK;
+    uint8_t buf[PIECE / MOE4_BLOCK];
+    const uint8_t *scales = get_scales(job, buf, row, col, n);
     bool bad = false;
     for (size_t i = 0; i < n / MOE4_BLOCK; i++) bad |= scales[i] > 0x7e;
     if (bad) atomic_store_explicit(&job->bad, true, memory_order_relaxed);
 }
 
 static moe4_status fail_bad_scale(const struct matrix_job *job) {
-    size_t row_blocks = job->cols / MOE4_BLOCK, i = 0;
-    while (i < job->rows * row_blocks - 1 && job->scales[i] <= 0x7e) i++;
-    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: row %zu block %zu is 0x%02x, %s; need 0x00 to 0x7e", i / row_blocks,
-                     i % row_blocks, job->scales[i], (job->scales[i] & 0x7f) == 0x7f ? "a NaN" : "signed");
+    uint8_t buf[PIECE / MOE4_BLOCK];
+    for (size_t row = 0; row < job->rows; row++)
+        for (size_t col = 0, n; col < job->cols; col += n) {
+            n = job->cols - col < PIECE ? job->cols - col : PIECE;
+            const uint8_t *scales = get_scales(job, buf, row, col, n);
+            for (size_t i = 0; i < n / MOE4_BLOCK; i++)
+                if (scales[i] > 0x7e)
+                    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: row %zu block %zu is 0x%02x, %s; need 0x00 to 0x7e", row,
+                                     col / MOE4_BLOCK + i, scales[i], (scales[i] & 0x7f) == 0x7f ? "a NaN" : "signed");
+        }
+    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: changed while they were read");
 }
 
 /* d in fp32, rounded to odd: inexact results get an odd last bit, so that rounding them again to 11 bits or fewer is as good as rounding
@@ -214,8 +268,9 @@ static float round_to_odd(double d) {
 static void dequantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
     const struct moe4_kernels *k = job->ctx->kernels;
     float buf[PIECE];
-    size_t at = row * job->cols + col, y_at = row * job->ld + col;
-    const uint8_t *codes = job->codes + at / 2, *scales = job->scales + at / MOE4_BLOCK;
+    uint8_t scales_buf[PIECE / MOE4_BLOCK];
+    size_t y_at = place(job, row, col);
+    const uint8_t *codes = job->codes + (row * job->cols + col) / 2, *scales = get_scales(job, scales_buf, row, col, n);
     float global = job->o.global[job->o.per_row ? row : 0];
     bool divides = job->o.recipe == MOE4_RECIPE_COMPRESSED_TENSORS;
     if (job->o.recipe == MOE4_RECIPE_ACTIVATION) global = 1.f / global;
