@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { TASK_BYTES = 1 << 16, ROW_TILE = 128, GROUP = 32, SQUARE = 64 };
+enum { TASK_BYTES = 1 << 16, ROW_TILE = 128, GROUP = 32 };
 
 /* Units of `bytes` each that one task takes. */
 static size_t task_units(size_t bytes) {
@@ -177,40 +177,48 @@ moe4_status moe4_rows_deinterleave(moe4_ctx *ctx, void *dst, const void *src, si
     return move_rows(ctx, &job, n_matrices, rows);
 }
 
-/* ---- transpose: squares of 64 x 64 elements, so that both sides stay in cache lines that are at hand ---- */
+/* ---- transpose ---- */
+
+/* Squares with sides of 256 bytes, turned in a buffer: what is read and written lies in runs of four cache lines, and rows of dst, often a
+ * power of two apart, do not evict one another. A band is a square's width of src's columns. */
+enum { SIDE_BYTES = 256 };
 
 struct transpose_job {
     uint8_t *dst;
     const uint8_t *src;
-    size_t rows, cols, element_bytes, n_bands, bands_in_matrix, task_bands; /* a band: 64 columns of src */
+    size_t rows, cols, element_bytes, side, n_bands, bands_in_matrix, task_bands;
 };
 
-/* 8 x 8 bytes, in three rounds of swapping quarters: of 4 x 4 bytes, of 2 x 2, of 1. The first byte in memory is a word's lowest. */
-static void transpose_8x8(uint8_t *dst, size_t dst_step, const uint8_t *src, size_t src_step) {
-    static const uint64_t mask[3] = {0xffffffff, 0x0000ffff0000ffff, 0x00ff00ff00ff00ff};
-    uint64_t word[8];
-    for (size_t i = 0; i < 8; i++) memcpy(&word[i], src + i * src_step, 8);
-#pragma GCC unroll 3
-    for (size_t round = 0, apart = 4; apart; round++, apart /= 2)
-#pragma GCC unroll 8
-        for (size_t i = 0; i < 8; i++) {
-            if (i & apart) continue;
-            uint64_t swap = (word[i] >> 8 * apart ^ word[i + apart]) & mask[round];
-            word[i] ^= swap << 8 * apart;
-            word[i + apart] ^= swap;
-        }
-    for (size_t i = 0; i < 8; i++) memcpy(dst + i * dst_step, &word[i], 8);
+/* Exchanges the quarters off the diagonal: the high bytes of a under the mask with the low ones of b. */
+static inline void exchange(uint64_t *a, uint64_t *b, int shift, uint64_t mask) {
+    uint64_t swap = (*a >> shift ^ *b) & mask;
+    *a ^= swap << shift;
+    *b ^= swap;
 }
 
-/* dst[j, i] = src[i, j] for i < n_rows, j < n_cols; steps in bytes. */
-static void transpose_square(uint8_t *dst, size_t dst_step, const uint8_t *src, size_t src_step, size_t n_rows, size_t n_cols,
-                             size_t element_bytes) {
+/* 8 x 8 bytes, by quarters of 4 x 4 bytes, of 2 x 2, of 1. The first byte in memory is a word's lowest. */
+static void transpose_8x8(uint8_t *dst, size_t dst_step, const uint8_t *src, size_t src_step) {
+    uint64_t w[8];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; i++) memcpy(&w[i], src + i * src_step, 8);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) exchange(&w[i], &w[i + 4], 32, 0xffffffff);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) exchange(&w[i + i / 2 * 2], &w[i + i / 2 * 2 + 2], 16, 0x0000ffff0000ffff);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 8; i += 2) exchange(&w[i], &w[i + 1], 8, 0x00ff00ff00ff00ff);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; i++) memcpy(dst + i * dst_step, &w[i], 8);
+}
+
+/* turned[j][i] = src[i, j] for i < n_rows, j < n_cols; bytes in eights where there are eight. */
+static void turn(uint8_t *turned, const uint8_t *src, size_t src_step, size_t n_rows, size_t n_cols, size_t element_bytes) {
     size_t whole_rows = element_bytes == 1 ? n_rows / 8 * 8 : 0, whole_cols = n_cols / 8 * 8;
     for (size_t i = 0; i < whole_rows; i += 8)
-        for (size_t j = 0; j < whole_cols; j += 8) transpose_8x8(dst + j * dst_step + i, dst_step, src + i * src_step + j, src_step);
-    for (size_t j = 0; j < n_cols; j++)
-        for (size_t i = j < whole_cols ? whole_rows : 0; i < n_rows; i++) {
-            uint8_t *to = dst + j * dst_step + i * element_bytes;
+        for (size_t j = 0; j < whole_cols; j += 8) transpose_8x8(turned + j * SIDE_BYTES + i, SIDE_BYTES, src + i * src_step + j, src_step);
+    for (size_t i = 0; i < n_rows; i++)
+        for (size_t j = i < whole_rows ? whole_cols : 0; j < n_cols; j++) {
+            uint8_t *to = turned + j * SIDE_BYTES + i * element_bytes;
             const uint8_t *from = src + i * src_step + j * element_bytes;
             if (element_bytes == 4)
                 memcpy(to, from, 4);
@@ -223,12 +231,17 @@ static void transpose_square(uint8_t *dst, size_t dst_step, const uint8_t *src, 
 
 static void transpose_task(void *arg, size_t task) {
     const struct transpose_job *job = arg;
-    size_t bytes = job->element_bytes, dst_step = job->rows * bytes, src_step = job->cols * bytes;
+    uint8_t turned[SIDE_BYTES * SIDE_BYTES];
+    size_t bytes = job->element_bytes, side = job->side, dst_step = job->rows * bytes, src_step = job->cols * bytes;
     for (size_t band = task * job->task_bands, end = min(band + job->task_bands, job->n_bands); band < end; band++) {
-        size_t start = band / job->bands_in_matrix * job->rows * job->cols * bytes, col = band % job->bands_in_matrix * SQUARE;
-        for (size_t row = 0; row < job->rows; row += SQUARE)
-            transpose_square(job->dst + start + col * dst_step + row * bytes, dst_step, job->src + start + row * src_step + col * bytes,
-                             src_step, min(SQUARE, job->rows - row), min(SQUARE, job->cols - col), bytes);
+        size_t start = band / job->bands_in_matrix * job->rows * job->cols * bytes, col = band % job->bands_in_matrix * side;
+        size_t n_cols = min(side, job->cols - col);
+        for (size_t row = 0; row < job->rows; row += side) {
+            size_t n_rows = min(side, job->rows - row);
+            turn(turned, job->src + start + row * src_step + col * bytes, src_step, n_rows, n_cols, bytes);
+            for (size_t j = 0; j < n_cols; j++)
+                memcpy(job->dst + start + (col + j) * dst_step + row * bytes, turned + j * SIDE_BYTES, n_rows * bytes);
+        }
     }
 }
 
@@ -242,9 +255,10 @@ moe4_status moe4_transpose(moe4_ctx *ctx, void *dst, const void *src, size_t n_m
                MOE4_ERROR_ARGUMENT, "%zu x %zu x %zu elements of %zu bytes do not fit in memory", n_matrices, rows, cols, element_bytes);
     if (bytes == 0) return MOE4_OK;
     MOE4_CHECK(ctx, dst && src, MOE4_ERROR_ARGUMENT, "%s is NULL", dst ? "src" : "dst");
-    job.bands_in_matrix = (cols - 1) / SQUARE + 1;
+    job.side = SIDE_BYTES / element_bytes;
+    job.bands_in_matrix = (cols - 1) / job.side + 1;
     job.n_bands = n_matrices * job.bands_in_matrix;
-    job.task_bands = task_units(rows * min(cols, SQUARE) * element_bytes);
+    job.task_bands = task_units(rows * min(cols, job.side) * element_bytes);
     moe4_parallel_for(ctx, (job.n_bands - 1) / job.task_bands + 1, transpose_task, &job);
     return MOE4_OK;
 }
