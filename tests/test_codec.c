@@ -43,7 +43,7 @@ static int drop_ctxs(void **state) {
 
 static moe4_checkpoint *vectors;
 static const char *const recipe_names[] = {"modelopt", "modelopt_static", "activation", "compressed_tensors", "four_over_six"};
-static const char *const kinds[] = {"normal", "ties", "outliers", "gaps", "edges", "subnormal", "tiny", "huge", "bits", "zeros"};
+static const char *const kinds[] = {"normal", "ties", "outliers", "gaps", "edges", "close", "subnormal", "tiny", "huge", "bits", "zeros"};
 
 static moe4_tensor vector(const char *fmt, ...) {
     char name[128];

@@ -59,6 +59,8 @@ def make_rows(kind, rows, cols):
         x = (0.2 * r.normal(n)).clip(-0.9, 0.9).reshape(-1, 16) * b[:, None].astype(f64)
         x[:, 5] = b * r.sign(len(b))
         x[:: cols // 16, 0] = 2688
+    elif kind == "close":  # both scales of four over six are as good, but for a nudge that an fp32 sum of the errors does not see
+        x = close_blocks(r, rows, cols)
     elif kind == "subnormal":
         x = r.sign(n) * (r.u32(n) >> 14) * 2.0**-149
     elif kind == "tiny":  # amax / 2688 is not a number fp32 has
@@ -71,6 +73,27 @@ def make_rows(kind, rows, cols):
     else:  # zeros
         x = r.sign(n) * 0.0
     return np.asarray(x, f64).astype(f32).reshape(rows, cols)
+
+
+def close_blocks(r, rows, cols):
+    """Each row: a block with the amax 1536, so that s2 = 1, and blocks of amax 6 where the errors with scales 1 and 1.5 are equal; then one
+    small element moves by 2^-25, so that one of them is smaller in fp64."""
+    def errors(x):
+        s = np.array([[0x38], [0x3C]], np.uint8)
+        x = np.stack([x, x])[:, None]
+        return block_errors(x, modelopt_codes(x, e4m3_value(s), np.ones((2, 1), f32)), s, np.ones(2, f32))[:, 0]
+
+    blocks = []
+    while len(blocks) < rows * (cols // 16 - 1):
+        x = f32(r.sign(16) * (r.u32(16) % 25) / 4)
+        x[5], x[9] = 6, x[9] / 16
+        moved = x.copy()
+        moved[9] += f32(r.sign(1)[0] * 2.0**-25)
+        (a, b), (c, d) = errors(x), errors(moved)
+        if a == b >= 1 and c != d:
+            blocks.append(moved)
+    first = np.resize(f32([1536, -3, 0.5, 96]), (rows, 16))
+    return np.concatenate([first, np.array(blocks, f32).reshape(rows, -1)], 1)
 
 
 # ---- the numbers ----
@@ -214,8 +237,8 @@ def run(recipe, x, given, per_row):
 
 def make():
     out = {}
-    for kind in ("normal", "ties", "outliers", "gaps", "edges", "subnormal", "tiny", "huge", "bits", "zeros"):
-        x = make_rows(kind, 16 if kind == "edges" else 3, 80)
+    for kind in ("normal", "ties", "outliers", "gaps", "edges", "close", "subnormal", "tiny", "huge", "bits", "zeros"):
+        x = make_rows(kind, 16 if kind in ("edges", "close") else 3, 80)
         out[f"{kind}.x"] = x
         for recipe in RECIPES:
             given = f32(1.1) if kind == "edges" else f32(3)
