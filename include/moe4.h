@@ -274,13 +274,6 @@ typedef enum moe4_act {
 MOE4_API const char *moe4_act_name(moe4_act act);
 MOE4_API moe4_status moe4_act_from_name(moe4_act *act_ret, const char *name);
 
-/* Where the block scales of rows [rows, K/16] lie; docs/format.md has the formulas. */
-typedef enum moe4_scale_layout {
-    MOE4_SCALES_LINEAR = 0, /* bytes [rows, K/16] */
-    MOE4_SCALES_WORDS,      /* 32-bit words [ceil(K/64), rows]: a word has four consecutive blocks' scales, the lowest byte first */
-    MOE4_SCALES_128X4       /* tiles of 128 rows x 4 blocks, padded: what cuBLASLt, CUTLASS and FlashInfer read */
-} moe4_scale_layout;
-
 /* Rows of activations that are NVFP4 already. An object whose x_dtype is MOE4_NVFP4 takes a pointer to this as its x: values enter the
  * product as they are, and only h is rounded by the mode. A row with a NaN or signed scale byte, or a global that is not finite, comes
  * out NaN. */

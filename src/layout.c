@@ -29,6 +29,10 @@ bool moe4_scales_size(size_t *bytes_ret, moe4_scale_layout layout, size_t rows, 
 
 void moe4_scales_get(uint8_t *dst, const uint8_t *src, moe4_scale_layout layout, size_t rows, size_t n_blocks, size_t row, size_t first,
                      size_t n) {
+    if (layout == MOE4_SCALES_LINEAR) {
+        memcpy(dst, src + row * n_blocks + first, n);
+        return;
+    }
     for (size_t i = 0; i < n; i += 4) memcpy(dst + i, src + moe4_scales_at(layout, rows, n_blocks, row, (first + i) / 4), min(4, n - i));
 }
 

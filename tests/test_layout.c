@@ -117,6 +117,85 @@ static void test_conversions(void **state) {
             }
 }
 
+/* ---- products of rows whose scales are 128x4 tiles ---- */
+
+enum { M = 160, N = 24, K = 1632 }; /* 102 blocks */
+
+static void multiply(moe4_ctx *on, float *y, const uint8_t *w_codes, const uint8_t *w_scales, const uint8_t *codes, const uint8_t *scales,
+                     moe4_act act) {
+    const float one = 1;
+    const moe4_weight w = {.dtype = MOE4_NVFP4, .rows = N, .cols = K, .data = w_codes, .scale = w_scales, .global = 1, .input_scale = 1};
+    const moe4_nvfp4_rows x = {.codes = codes, .scales = scales, .layout = MOE4_SCALES_128X4, .global = &one};
+    moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
+    moe4_linear *linear;
+    moe4_workspace ws;
+    o.act = act;
+    o.x_dtype = MOE4_NVFP4;
+    o.y_dtype = MOE4_F32;
+    if (moe4_linear_create(&linear, on, &w, 1, &o) != MOE4_OK) fail_msg("%s", moe4_ctx_error(on));
+    assert_int_equal(moe4_linear_workspace_bytes(linear, &ws.bytes, M), MOE4_OK);
+    ws.data = aligned_alloc(64, (ws.bytes + 63) / 64 * 64);
+    if (moe4_linear_forward(linear, (void *[]){y}, NULL, &x, M, &ws, NULL) != MOE4_OK) fail_msg("%s", moe4_ctx_error(on));
+    free(ws.data);
+    moe4_linear_destroy(linear);
+}
+
+static float code_of(const uint8_t *codes, size_t row, size_t k) {
+    return moe4_e2m1_to_float((uint8_t)(codes[(row * K + k) / 2] >> 4 * (k % 2)));
+}
+
+/* The part of row m's product with column n that block b of K gives; quarters far below 2^22, so exact. */
+static float block_product(const uint8_t *w_codes, const uint8_t *codes, size_t m, size_t n, size_t b) {
+    float sum = 0;
+    for (size_t k = 16 * b; k < 16 * b + 16; k++) sum += code_of(codes, m, k) * code_of(w_codes, n, k);
+    return sum;
+}
+
+/* All scales 1.0 give the unscaled product; one scale of 2.0 doubles that block of that row, and changes nothing else. */
+static void probe(moe4_ctx *on, moe4_act act) {
+    static const size_t probes[][2] = {{1, 0}, {32, 0}, {128, 0}, {0, 1}, {0, 4}, {0, 100}, {159, 101}, {33, 7}};
+    uint64_t random = 16;
+    size_t bytes = scales_bytes(MOE4_SCALES_128X4, 1, M, K);
+    uint8_t *w_codes = random_bytes(&random, N * K / 2), *codes = random_bytes(&random, M * K / 2);
+    uint8_t *w_scales = guarded(N * K / 16, 0x38), *linear = guarded(M * K / 16, 0x38), *tiles = guarded(bytes, 0);
+    float *y = malloc(M * N * sizeof *y), *plain = malloc(M * N * sizeof *plain);
+    OK(moe4_scales_convert(ctx, tiles, MOE4_SCALES_128X4, linear, MOE4_SCALES_LINEAR, 1, M, K));
+    multiply(on, plain, w_codes, w_scales, codes, tiles, act);
+    for (size_t i = 0; i < M * N; i++) {
+        float want = 0;
+        for (size_t b = 0; b < K / 16; b++) want += block_product(w_codes, codes, i / N, i % N, b);
+        assert_true(plain[i] == want);
+    }
+    for (size_t p = 0; p < sizeof probes / sizeof *probes; p++) {
+        size_t m = probes[p][0], b = probes[p][1];
+        linear[m * (K / 16) + b] = 0x40;
+        OK(moe4_scales_convert(ctx, tiles, MOE4_SCALES_128X4, linear, MOE4_SCALES_LINEAR, 1, M, K));
+        multiply(on, y, w_codes, w_scales, codes, tiles, act);
+        for (size_t i = 0; i < M * N; i++) {
+            float want = plain[i] + (i / N == m ? block_product(w_codes, codes, m, i % N, b) : 0);
+            if (y[i] != want) fail_msg("scale [%zu,%zu]: y[%zu,%zu] is %g, should be %g", m, b, i / N, i % N, y[i], want);
+        }
+        linear[m * (K / 16) + b] = 0x38;
+    }
+    free(y), free(plain);
+    free_guarded(w_codes, N * K / 2), free_guarded(codes, M * K / 2), free_guarded(w_scales, N * K / 16);
+    free_guarded(linear, M * K / 16), free_guarded(tiles, bytes);
+}
+
+static void test_probes(void **state) {
+    (void)state;
+    for (uint32_t bit = 1; bit; bit <<= 1) {
+        moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+        o.isa_mask = bit;
+        o.n_threads = 2;
+        moe4_ctx *on;
+        if (moe4_ctx_create(&on, &o) != MOE4_OK) continue;
+        probe(on, MOE4_ACT_TOKEN);
+        probe(on, MOE4_ACT_W4A16);
+        moe4_ctx_destroy(on);
+    }
+}
+
 /* ---- gate and up rows ---- */
 
 static void test_gate_up(void **state) {
@@ -167,24 +246,24 @@ static void test_transpose(void **state) {
  * transpositions the values of the same matrix stored row by row. */
 static void test_k_major_values(void **state) {
     (void)state;
-    enum { N = 37, K = 80 };
+    enum { COLS = 37, DEPTH = 80 };
     uint64_t random = 14;
-    uint8_t k_codes[K / 2 * N] = {0}, k_scales[K / 16 * N], codes[N * K / 2], scales[N * K / 16];
-    float want[N * K], got[N * K], global = 0.25f;
-    for (size_t n = 0; n < N; n++)
-        for (size_t b = 0; b < K / 16; b++) {
-            k_scales[b * N + n] = (uint8_t)random_below(&random, 0x7f);
+    uint8_t k_codes[DEPTH / 2 * COLS] = {0}, k_scales[DEPTH / 16 * COLS], codes[COLS * DEPTH / 2], scales[COLS * DEPTH / 16];
+    float want[COLS * DEPTH], got[COLS * DEPTH], global = 0.25f;
+    for (size_t n = 0; n < COLS; n++)
+        for (size_t b = 0; b < DEPTH / 16; b++) {
+            k_scales[b * COLS + n] = (uint8_t)random_below(&random, 0x7f);
             for (size_t k = 16 * b; k < 16 * b + 16; k++) {
                 uint8_t code = (uint8_t)random_below(&random, 16);
-                k_codes[k / 2 * N + n] |= (uint8_t)(code << 4 * (k % 2));
-                want[n * K + k] = moe4_e2m1_to_float(code) * moe4_e4m3_to_float(k_scales[b * N + n]) * global;
+                k_codes[k / 2 * COLS + n] |= (uint8_t)(code << 4 * (k % 2));
+                want[n * DEPTH + k] = moe4_e2m1_to_float(code) * moe4_e4m3_to_float(k_scales[b * COLS + n]) * global;
             }
         }
-    OK(moe4_transpose(ctx, codes, k_codes, 1, K / 2, N, 1));
-    OK(moe4_transpose(ctx, scales, k_scales, 1, K / 16, N, 1));
+    OK(moe4_transpose(ctx, codes, k_codes, 1, DEPTH / 2, COLS, 1));
+    OK(moe4_transpose(ctx, scales, k_scales, 1, DEPTH / 16, COLS, 1));
     moe4_quantize_options o = MOE4_QUANTIZE_OPTIONS_INIT;
     o.global = &global;
-    OK(moe4_nvfp4_dequantize(ctx, got, MOE4_F32, 0, codes, scales, N, K, &o));
+    OK(moe4_nvfp4_dequantize(ctx, got, MOE4_F32, 0, codes, scales, COLS, DEPTH, &o));
     assert_memory_equal(got, want, sizeof want);
 }
 
@@ -314,6 +393,7 @@ int main(void) {
         cmocka_unit_test(test_documented_offsets),
         cmocka_unit_test(test_sizes),
         cmocka_unit_test(test_conversions),
+        cmocka_unit_test(test_probes),
         cmocka_unit_test(test_gate_up),
         cmocka_unit_test(test_transpose),
         cmocka_unit_test(test_k_major_values),

@@ -6,6 +6,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "../layout.h"
+#include "../nvfp4.h"
 #include "pool.h"
 
 size_t moe4_in_place(const moe4_weight *w) {
@@ -112,13 +114,6 @@ size_t moe4_row_scratch_bytes(size_t k) {
     return moe4_fp32_row_bytes(k) + (k / MOE4_BLOCK + 63) / 64 * 64;
 }
 
-/* Encode scale of recipe `activation`: S = 2688/A, at most FLT_MAX; 1 for A = 0. */
-static float encode_scale(float amax) {
-    if (amax == 0) return 1;
-    float S = 2688.f / amax;
-    return S < FLT_MAX ? S : FLT_MAX;
-}
-
 struct run {
     struct moe4_row_stage *s;
     size_t n_tasks;
@@ -165,7 +160,7 @@ static struct moe4_rounding row_rounding(const struct run *r, size_t i, float am
         rounding.decode = s->input_scale[s->one_input_scale ? 0 : i];
         rounding.S = fminf(1.f / rounding.decode, FLT_MAX);
     } else if (s->act == MOE4_ACT_TENSOR || s->act == MOE4_ACT_TOKEN) {
-        rounding.S = s->act == MOE4_ACT_TENSOR ? r->S : encode_scale(amax);
+        rounding.S = s->act == MOE4_ACT_TENSOR ? r->S : moe4_nvfp4_global(MOE4_RECIPE_ACTIVATION, amax, 0);
         rounding.decode = 1.f / rounding.S;
     }
     return rounding;
@@ -195,20 +190,6 @@ static void pack_task(void *arg, size_t task) {
 
 /* ---- rows that are NVFP4 already ---- */
 
-/* A row's block scales as linear bytes; docs/format.md has the layouts. */
-static void linear_scales(uint8_t *dst, const moe4_nvfp4_rows *rows, size_t row, size_t n_rows, size_t n) {
-    const uint8_t *src = rows->scales;
-    switch (rows->layout) {
-    case MOE4_SCALES_LINEAR: memcpy(dst, src + row * n, n); break;
-    case MOE4_SCALES_WORDS:
-        for (size_t k = 0; k < n; k++) dst[k] = (uint8_t)(((const uint32_t *)rows->scales)[k / 4 * n_rows + row] >> 8 * (k % 4));
-        break;
-    case MOE4_SCALES_128X4:
-        for (size_t k = 0; k < n; k++) dst[k] = src[(row / 128 * ((n + 3) / 4) + k / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + k % 4];
-        break;
-    }
-}
-
 static void codes_task(void *arg, size_t task) {
     struct run *r = arg;
     const struct moe4_row_stage *s = r->s;
@@ -224,7 +205,7 @@ static void codes_task(void *arg, size_t task) {
         float global = rows->global[rows->global_per_row ? row : 0] * (s->weight ? s->weight[i] : 1);
         void *packed = (char *)s->packed + i * row_bytes;
         uint8_t most = 0;
-        linear_scales(scales, rows, row, s->n_src, n_blocks);
+        moe4_scales_get(scales, rows->scales, rows->layout, s->n_src, n_blocks, row, 0, n_blocks);
         for (size_t b = 0; b < n_blocks; b++) most = scales[b] > most ? scales[b] : most;
         bool finite = most <= 0x7E && isfinite(global);
         if (!finite) memset(scales, 0, n_blocks);
@@ -255,7 +236,7 @@ void moe4_pack_rows(struct moe4_row_stage *s) {
         float amax;
         uint32_t bits = r.amax_bits;
         memcpy(&amax, &bits, sizeof amax);
-        r.S = encode_scale(amax);
+        r.S = moe4_nvfp4_global(MOE4_RECIPE_ACTIVATION, amax, 0);
     }
     moe4_run(s->ctx, r.n_tasks, work, pack_task, &r);
     s->n_saturated = r.n_saturated;
