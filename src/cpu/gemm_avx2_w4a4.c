@@ -114,7 +114,7 @@ PASS(6)
 static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL, pass_1, pass_2, pass_3, pass_4, pass_5, pass_6};
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
-    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS);
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS, MAX_ROWS);
 }
 
 static size_t row_bytes(size_t k) {

@@ -110,8 +110,8 @@ void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_
 }
 
 void moe4_tile16_gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols, const moe4_tile16_pass *passes, size_t max_rows) {
-    const size_t chunks = n_chunks(&w->w), n_passes = (n_rows + max_rows - 1) / max_rows;
+                      size_t n_cols, const moe4_tile16_pass *passes, size_t max_rows, size_t best_rows) {
+    const size_t chunks = n_chunks(&w->w), n_passes = n_rows <= max_rows ? 1 : (n_rows + best_rows - 1) / best_rows;
     /* Rows outside, tiles inside: a pass's rows stay in the second-level cache over all tiles, as do the call's weights over passes. */
     for (size_t pass = 0; pass < n_passes; pass++) {
         const size_t row0 = n_rows * pass / n_passes, n = n_rows * (pass + 1) / n_passes - row0;

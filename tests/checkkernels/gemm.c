@@ -7,7 +7,7 @@
 
 #include "checkkernels.h"
 
-enum { MOST_K = 1552, MOST_N = 40, MOST_ROWS = 17, N_CASES = 60 };
+enum { MOST_K = 1552, MOST_N = 40, MOST_ROWS = 30, N_CASES = 60 };
 
 /* One product: operands as the kernels read them, and as fp64. */
 struct product {
