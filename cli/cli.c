@@ -10,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "describe.h"
+
 /* ---- errors ---- */
 
 int cli_error(int status, const char *what, const char *fmt, ...) {
@@ -34,27 +36,6 @@ int cli_fail(const moe4_ctx *ctx, moe4_status status, const char *what) {
 /* ---- options ---- */
 
 enum { MAX_OPTIONS = 32, HELP = 1000 };
-
-static bool is_short(const struct cli_option *o) {
-    return o->name[1] == '\0';
-}
-
-static void print_help(const char *command, const struct cli_usage *usage) {
-    printf("Usage: moe4 %s %s\n\n%s\n\nOptions:\n", command, usage->synopsis, usage->about);
-    for (size_t i = 0; i < usage->n_options; i++) {
-        const struct cli_option *o = &usage->options[i];
-        char left[64];
-        snprintf(left, sizeof left, "%s%s%s%s", is_short(o) ? "-" : "--", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
-        printf("  %-24s %s\n", left, o->help);
-    }
-    printf("  %-24s %s\n\nExamples:\n", "--help", "print this");
-    for (const char *line = usage->examples; *line;) {
-        size_t n = strcspn(line, "\n");
-        printf("  %.*s\n", (int)n, line);
-        line += n + (line[n] == '\n');
-    }
-    printf("\nExit status: 0 fine, 1 the data is wrong, 2 wrong usage.\n");
-}
 
 /* Stores one option's text; the sentence of what is wrong with it, or NULL. */
 static const char *store(const struct cli_option *o, const char *text) {
@@ -93,17 +74,23 @@ static int wrong_option(const char *command, char **argv, int given, const struc
 
 static const struct cli_option *find_short(const struct cli_usage *usage, int letter) {
     const struct cli_option *o = usage->options;
-    while (!is_short(o) || o->name[0] != letter) o++;
+    while (!cli_is_short(o) || o->name[0] != letter) o++;
     return o;
 }
 
 bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char **operands, size_t n_operands, int *exit_ret) {
+    const size_t describe = sizeof CLI_DESCRIBE - 1;
+    if (argc == 2 && strncmp(argv[1], CLI_DESCRIBE, describe) == 0 &&
+        cli_describe_command(argv[1] + describe, argv[0], usage, n_operands)) {
+        *exit_ret = CLI_FINE;
+        return false;
+    }
     struct option options[MAX_OPTIONS + 2] = {{"help", no_argument, NULL, HELP}};
     char letters[2 * MAX_OPTIONS + 3] = ":h"; /* options of one letter, as getopt wants them */
     size_t n_letters = 2, n_long = 1;
     for (size_t i = 0; i < usage->n_options && i < MAX_OPTIONS; i++) {
         const struct cli_option *o = &usage->options[i];
-        if (is_short(o)) {
+        if (cli_is_short(o)) {
             letters[n_letters++] = o->name[0];
             if (o->arg) letters[n_letters++] = ':';
         } else
@@ -113,7 +100,7 @@ bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char 
     opterr = 0;
     for (int given; (given = getopt_long(argc, argv, letters, options, NULL)) != -1;) {
         if (given == HELP || given == 'h') {
-            print_help(argv[0], usage);
+            cli_help(argv[0], usage);
             *exit_ret = CLI_FINE;
             return false;
         }
@@ -125,7 +112,7 @@ bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char 
         const char *why = store(o, optarg);
         if (why) {
             char what[64];
-            snprintf(what, sizeof what, "%s%s", is_short(o) ? "-" : "--", o->name);
+            snprintf(what, sizeof what, "%s%s", cli_dashes(o), o->name);
             *exit_ret = cli_error(CLI_BAD_USAGE, what, "\"%s\" %s", optarg, why);
             return false;
         }

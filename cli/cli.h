@@ -55,8 +55,8 @@ struct cli_usage {
     const char *examples; /* each line as printed, without indentation */
 };
 
-/* Reads argv. operands[n_operands] gets what is not an option; fewer or more is an error. --help and -h are understood everywhere.
- * Returns false when the command is over (help printed, wrong usage) and *exit_ret its status. */
+/* Reads argv. operands[n_operands] gets what is not an option; fewer or more is an error. --help and -h are understood everywhere,
+ * and what describe.h asks. Returns false when the command is over (help printed, wrong usage) and *exit_ret its status. */
 bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char **operands, size_t n_operands, int *exit_ret);
 
 /* The options every command has; put CLI_COMMON_OPTIONS(&common) last in the table. */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "cli.h"
+#include "describe.h"
 
 static const struct cli_command commands[] = {
     {"inspect", "say what a checkpoint is and what its scales are like", cmd_inspect},
@@ -16,10 +17,10 @@ static const struct cli_command commands[] = {
 };
 
 static void print_usage(FILE *to) {
-    fprintf(to, "Usage: moe4 COMMAND ...\n\n"
-                "Runs NVFP4 checkpoints' linear and mixture-of-experts layers.\n\nCommands:\n");
+    fprintf(to, "Usage: moe4 COMMAND ...\n\n" CLI_ABOUT "\n\nCommands:\n");
     for (const struct cli_command *c = commands; c->name; c++) fprintf(to, "  %-10s %s\n", c->name, c->summary);
-    fprintf(to, "\nmoe4 COMMAND --help explains a command, with examples; moe4 --version prints the version.\n");
+    fprintf(to, "\nmoe4 COMMAND --help explains a command, with examples; moe4 --version prints the version,\n"
+                "moe4 --man the manual page, moe4 --completion bash|zsh what a shell completes.\n");
 }
 
 static int run(int argc, char **argv) {
@@ -33,6 +34,15 @@ static int run(int argc, char **argv) {
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
         print_usage(stdout);
         return CLI_FINE;
+    }
+    if (strcmp(name, "--man") == 0) {
+        cli_describe("man", commands);
+        return CLI_FINE;
+    }
+    if (strcmp(name, "--completion") == 0) {
+        const char *shell = argc > 2 ? argv[2] : "";
+        bool known = (strcmp(shell, "bash") == 0 || strcmp(shell, "zsh") == 0) && cli_describe(shell, commands);
+        return known ? CLI_FINE : cli_error(CLI_BAD_USAGE, name, "needs bash or zsh");
     }
     if (*name) return cli_error(CLI_BAD_USAGE, name, "unknown command (see moe4 --help)");
     print_usage(stderr);
