@@ -11,7 +11,8 @@
 
 /* acc[m][j] = this warp's share of k: units warp, warp + 8, ... of one row tile against columns whose rows start at b[j]. */
 template <int NT>
-static __device__ void warp_product(float acc[4][NT][4], const uint8_t *row_tile, int units, const __nv_bfloat16 *const b_row[NT]) {
+static __device__ __forceinline__ void warp_product(float acc[4][NT][4], const uint8_t *row_tile, int units,
+                                                    const __nv_bfloat16 *const b_row[NT]) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll
     for (int m = 0; m < 4; m++)
@@ -54,13 +55,13 @@ template <int NT> static __device__ void gate_up_item(const moe4_layer_run &run,
 #pragma unroll
     for (int j = 0; j < NT; j++) {
         __syncthreads();
-#pragma unroll
-        for (int m = 0; m < 4; m++) store_partials(partials + 8 * m, warp, lane, acc[m][j]);
+        store_partials<NT, 4>(partials, warp, lane, acc, j);
         __syncthreads();
         if (8 * j + warp < tile.n) {
             int row = tile.first + 8 * j + warp;
             float factor = run.x_factor ? run.x_factor[x_row(run, run.slots[row])] : 1.f;
-            store_h(run, row, row_tile, lane, sum_partials(partials, warp, lane), gate_alpha * factor, up_alpha * factor);
+            store_h<4>(run, 0xFFFFFFFFu, row, row_tile * 32 + lane, sum_partials<NT, 4>(partials, warp, lane), gate_alpha * factor,
+                       up_alpha * factor);
         }
     }
 }
@@ -82,19 +83,19 @@ template <int NT> static __device__ void down_item(const moe4_layer_run &run, co
 #pragma unroll
     for (int j = 0; j < NT; j++) {
         __syncthreads();
-#pragma unroll
-        for (int m = 0; m < 4; m++) store_partials(partials + 8 * m, warp, lane, acc[m][j]);
+        store_partials<NT, 4>(partials, warp, lane, acc, j);
         __syncthreads();
         if (8 * j + warp < tile.n) {
             int row = tile.first + 8 * j + warp;
             float factor = run.h_factor ? run.h_factor[row] : 1.f;
-            store_o(run, run.slots[row], row_tile, lane, sum_partials(partials, warp, lane), alpha * factor);
+            store_o(run, run.slots[row], row_tile * MOE4_UNIT_ROWS + (lane >> 3) * 16 + (lane & 7),
+                    sum_partials<NT, 4>(partials, warp, lane), alpha * factor);
         }
     }
 }
 
 static __global__ void __launch_bounds__(THREADS) gate_up_kernel(const __grid_constant__ moe4_layer_run run) {
-    __shared__ float partials[MOE4_PARTIAL_FLOATS];
+    __shared__ float partials[partial_shape<1, 4>::floats];
     int n_items = run.state->n_tiles * run.w.gate_up_tiles;
     for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
         moe4_tile tile;
@@ -110,7 +111,7 @@ static __global__ void __launch_bounds__(THREADS) gate_up_kernel(const __grid_co
 }
 
 static __global__ void __launch_bounds__(THREADS) down_kernel(const __grid_constant__ moe4_layer_run run) {
-    __shared__ float partials[MOE4_PARTIAL_FLOATS];
+    __shared__ float partials[partial_shape<1, 4>::floats];
     int n_items = run.state->n_tiles * run.w.down_tiles;
     for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
         moe4_tile tile;

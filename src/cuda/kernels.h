@@ -58,7 +58,6 @@ struct moe4_layer_run {
     int n_tokens, top_k;
     int tile_columns;       /* 8, 16 or 32 */
     int row_tiles_per_item; /* decode_sm90: 1, or 2 where both row tile counts are even and columns at most 16 */
-    int blocks_per_sm;      /* decode_sm90: 1 or 2 */
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */

@@ -10,9 +10,9 @@ static __device__ __forceinline__ uint32_t smem_address(const void *p) {
 
 /* c[16x8] += a[16x16] . b[16x8], bf16 in, fp32 out (PTX ISA: fragments of m16n8k16). */
 static __device__ __forceinline__ void mma_bf16_16x8x16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 static __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
@@ -27,6 +27,12 @@ static __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
     return v;
 }
 
+static __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 /* Memory order between blocks. */
 static __device__ __forceinline__ int load_acquire(const int *p) {
     int v;
@@ -36,10 +42,9 @@ static __device__ __forceinline__ int load_acquire(const int *p) {
 static __device__ __forceinline__ void store_release(int *p, int v) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-static __device__ __forceinline__ int add_acq_rel(int *p, int v) {
-    int old;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
-    return old;
+/* Adds without waiting for the old value; what came before is visible to whoever acquires the sum. */
+static __device__ __forceinline__ void add_release(int *p, int v) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 /* A named barrier for n_threads of a block. */

@@ -15,15 +15,12 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     if (r->n_tokens <= 8 || per_expert <= 4) {
         r->tile_columns = 8;
         r->row_tiles_per_item = 1;
-        r->blocks_per_sm = 2;
     } else if (per_expert <= 14) {
         r->tile_columns = 16;
         r->row_tiles_per_item = pairs ? 2 : 1;
-        r->blocks_per_sm = pairs ? 1 : 2;
     } else {
         r->tile_columns = 32;
         r->row_tiles_per_item = 1;
-        r->blocks_per_sm = 1;
     }
     (void)device;
 }
