@@ -167,7 +167,7 @@ static void free_run(moe4_layer_run *r) {
 struct variant {
     const char *name;
     bool portable, fused;
-    int columns, row_tiles;
+    int columns;
     int stages; /* bits: 1 prepare, 2 products, 4 combine */
 };
 
@@ -179,7 +179,6 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     r.n_tokens = T;
     r.top_k = s.k;
     r.tile_columns = v.columns;
-    r.row_tiles_per_item = v.row_tiles;
     r.x_dtype = MOE4_BF16;
     r.x_in_ld = (size_t)s.hidden;
     carve_run(&r);
@@ -275,23 +274,22 @@ int main(int argc, char **argv) {
         };
         for (int T : {1, 4, 8, 32, 64}) {
             if (!w1 && (T == 4 || T == 32)) continue;
-            go(T, MOE4_ACT_W4A16, {"8x64", false, true, 8, 1, 7});
-            go(T, MOE4_ACT_W4A16, {"8x128", false, true, 8, 2, 7});
+            go(T, MOE4_ACT_W4A16, {"8", false, true, 8, 7});
             if (T == 1) {
-                go(T, MOE4_ACT_W4A16, {"prepare", false, true, 8, 1, 1});
-                go(T, MOE4_ACT_W4A16, {"combine", false, true, 8, 1, 4});
-                go(T, MOE4_ACT_W4A16, {"prepare+combine", false, true, 8, 1, 5});
+                go(T, MOE4_ACT_W4A16, {"prepare", false, true, 8, 1});
+                go(T, MOE4_ACT_W4A16, {"combine", false, true, 8, 4});
+                go(T, MOE4_ACT_W4A16, {"prepare+combine", false, true, 8, 5});
             }
             if (T >= 32) {
-                go(T, MOE4_ACT_W4A16, {"16x64", false, true, 16, 1, 7});
-                go(T, MOE4_ACT_W4A16, {"16x128", false, true, 16, 2, 7});
-                go(T, MOE4_ACT_W4A16, {"32x64", false, true, 32, 1, 7});
-                go(T, MOE4_ACT_TOKEN, {"16x128", false, true, 16, 2, 7});
+                go(T, MOE4_ACT_W4A16, {"16", false, true, 16, 7});
+                go(T, MOE4_ACT_W4A16, {"32", false, true, 32, 7});
+                go(T, MOE4_ACT_TOKEN, {"16", false, true, 16, 7});
             }
-            go(T, MOE4_ACT_TOKEN, {"8x128", false, true, 8, 2, 7});
+            if (T >= 32) go(T, MOE4_ACT_TOKEN, {"32", false, true, 32, 7});
+            go(T, MOE4_ACT_TOKEN, {"8", false, true, 8, 7});
         }
         for (int T : {256, 1024}) {
-            go(T, MOE4_ACT_W4A16, {"32x64", false, true, 32, 1, 7});
+            go(T, MOE4_ACT_W4A16, {"32", false, true, 32, 7});
         }
         CUDA(cudaFree((void *)w.gate_up));
         CUDA(cudaFree((void *)w.down));

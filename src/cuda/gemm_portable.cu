@@ -7,30 +7,28 @@
  * The order of summation is product.cuh's, so the bits are those of the sm_90 kernels. */
 #include "product.cuh"
 
-#define THREADS (MOE4_WARPS * 32)
+#define THREADS (2 * MOE4_SLICES * 32) /* two groups have the 64 rows of an item */
 
-/* acc[m][j] = this warp's share of k: units warp, warp + 8, ... of one row tile against columns whose rows start at b[j]. */
+/* acc[m][j] = this warp's share of k for its group's half of a row tile, against columns whose rows start at b_row[j]. */
 template <int NT>
-static __device__ __forceinline__ void warp_product(float acc[4][NT][4], const uint8_t *row_tile, int units,
+static __device__ __forceinline__ void warp_product(float acc[MOE4_ROW_TILES][NT][4], const uint8_t *row_tile, int units,
                                                     const __nv_bfloat16 *const b_row[NT]) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_SLICES;
 #pragma unroll
-    for (int m = 0; m < 4; m++)
-#pragma unroll
-        for (int j = 0; j < NT; j++) acc[m][j][0] = acc[m][j][1] = acc[m][j][2] = acc[m][j][3] = 0.f;
-    for (int u = warp; u < units; u += MOE4_WARPS) {
+    for (int i = 0; i < MOE4_ROW_TILES * NT * 4; i++) ((float *)acc)[i] = 0.f;
+    for (int u = warp % MOE4_SLICES; u < units; u += MOE4_SLICES) {
         const uint8_t *unit = row_tile + (size_t)u * MOE4_UNIT_BYTES;
-        uint4 words[4], b[NT][2];
+        uint4 words[MOE4_ROW_TILES], b[NT][2];
 #pragma unroll
-        for (int m = 0; m < 4; m++) words[m] = __ldg((const uint4 *)(unit + 512 * m) + lane);
-        uint2 scales = __ldg((const uint2 *)(unit + MOE4_UNIT_CODE_BYTES) + lane);
+        for (int m = 0; m < MOE4_ROW_TILES; m++) words[m] = __ldg((const uint4 *)(unit + 512 * (MOE4_ROW_TILES * half + m)) + lane);
+        uint32_t scales = __ldg((const uint32_t *)(unit + MOE4_UNIT_CODE_BYTES) + 2 * lane + half);
 #pragma unroll
         for (int j = 0; j < NT; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 b[j][i] = b_row[j] ? *((const uint4 *)(b_row[j] + u * MOE4_UNIT_K + 16 * (lane & 3)) + i) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-        for (int m = 0; m < 4; m++) {
+        for (int m = 0; m < MOE4_ROW_TILES; m++) {
             uint32_t scale_g, scale_g8;
             unit_scales(&scale_g, &scale_g8, scales, m);
             unit_tile_product<NT>(acc[m], words[m], scale_g, scale_g8, b);
@@ -38,92 +36,74 @@ static __device__ __forceinline__ void warp_product(float acc[4][NT][4], const u
     }
 }
 
-template <int NT> static __device__ void gate_up_item(const moe4_layer_run &run, const moe4_tile &tile, int row_tile, float *partials) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    size_t ld = (size_t)run.w.hidden_units * MOE4_UNIT_K;
-    const __nv_bfloat16 *b_row[NT];
+/* Either product of an item: h from x, or o from h. */
+template <int NT>
+static __device__ __forceinline__ void product_item(const moe4_layer_run &run, bool down, const moe4_tile &tile, int row_tile,
+                                                    float *partials) {
+    using P = partial_shape<NT>;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_SLICES, slice = warp % MOE4_SLICES, e = tile.expert;
+    int units = down ? run.w.intermediate_units : run.w.hidden_units;
+    const __nv_bfloat16 *b_row[NT], *rows = down ? run.h : run.x;
 #pragma unroll
     for (int j = 0; j < NT; j++) {
-        int column = 8 * j + (lane >> 2);
-        b_row[j] = column < tile.n ? run.x + (size_t)x_row(run, run.slots[tile.first + column]) * ld : NULL;
+        int column = 8 * j + (lane >> 2), r = tile.first + column;
+        if (column < tile.n && !down) r = x_row(run, run.slots[r]);
+        b_row[j] = column < tile.n ? rows + (size_t)r * (size_t)(units * MOE4_UNIT_K) : NULL;
     }
-    float acc[4][NT][4];
-    const uint8_t *w =
-        run.w.gate_up + (size_t)tile.expert * run.w.gate_up_bytes + (size_t)row_tile * (size_t)run.w.hidden_units * MOE4_UNIT_BYTES;
-    warp_product<NT>(acc, w, run.w.hidden_units, b_row);
-    float gate_alpha = run.w.alpha_gate[tile.expert], up_alpha = run.w.alpha_up[tile.expert];
+    const uint8_t *weights = down ? run.w.down + (size_t)e * run.w.down_bytes : run.w.gate_up + (size_t)e * run.w.gate_up_bytes;
+    float acc[MOE4_ROW_TILES][NT][4];
+    warp_product<NT>(acc, weights + (size_t)row_tile * (size_t)units * MOE4_UNIT_BYTES, units, b_row);
+
+    float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e];
+    int pair = lane % MOE4_PAIRS, row0 = row_tile * MOE4_UNIT_ROWS + half * MOE4_GROUP_ROWS;
+    partials += half * P::floats;
 #pragma unroll
-    for (int j = 0; j < NT; j++) {
+    for (int j0 = 0; j0 < NT; j0 += P::tiles) {
         __syncthreads();
-        store_partials<NT, 4>(partials, warp, lane, acc, j);
+        store_partials<NT>(partials, slice, lane, acc, j0);
         __syncthreads();
-        if (8 * j + warp < tile.n) {
-            int row = tile.first + 8 * j + warp;
-            float factor = run.x_factor ? run.x_factor[x_row(run, run.slots[row])] : 1.f;
-            store_h<4>(run, 0xFFFFFFFFu, row, row_tile * 32 + lane, sum_partials<NT, 4>(partials, warp, lane), gate_alpha * factor,
-                       up_alpha * factor);
+#pragma unroll
+        for (int i = 0; i < P::tiles; i++) { /* 8 * tiles columns for the half warps of four warps */
+            int column = 8 * i + 2 * slice + lane / MOE4_PAIRS, c = 8 * j0 + column, row = tile.first + c;
+            bool here = c < tile.n;
+            uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
+            if (here) {
+                float2 sum = sum_partials<NT>(partials, column, pair);
+                int slot = run.slots[row];
+                if (down)
+                    store_o(run, slot, pair_row(row0, pair), sum, alpha * (run.h_factor ? run.h_factor[row] : 1.f));
+                else {
+                    float factor = run.x_factor ? run.x_factor[x_row(run, slot)] : 1.f;
+                    store_h(run, mask, row, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
+                }
+            }
+            __syncwarp();
         }
     }
 }
 
-template <int NT> static __device__ void down_item(const moe4_layer_run &run, const moe4_tile &tile, int row_tile, float *partials) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    size_t ld = (size_t)run.w.intermediate_units * MOE4_UNIT_K;
-    const __nv_bfloat16 *b_row[NT];
-#pragma unroll
-    for (int j = 0; j < NT; j++) {
-        int column = 8 * j + (lane >> 2);
-        b_row[j] = column < tile.n ? run.h + (size_t)(tile.first + column) * ld : NULL;
-    }
-    float acc[4][NT][4];
-    const uint8_t *w =
-        run.w.down + (size_t)tile.expert * run.w.down_bytes + (size_t)row_tile * (size_t)run.w.intermediate_units * MOE4_UNIT_BYTES;
-    warp_product<NT>(acc, w, run.w.intermediate_units, b_row);
-    float alpha = run.w.alpha_down[tile.expert];
-#pragma unroll
-    for (int j = 0; j < NT; j++) {
-        __syncthreads();
-        store_partials<NT, 4>(partials, warp, lane, acc, j);
-        __syncthreads();
-        if (8 * j + warp < tile.n) {
-            int row = tile.first + 8 * j + warp;
-            float factor = run.h_factor ? run.h_factor[row] : 1.f;
-            store_o(run, run.slots[row], row_tile * MOE4_UNIT_ROWS + (lane >> 3) * 16 + (lane & 7),
-                    sum_partials<NT, 4>(partials, warp, lane), alpha * factor);
-        }
+static __device__ __forceinline__ void run_items(const moe4_layer_run &run, bool down) {
+    __shared__ float partials[2 * partial_shape<4>::floats];
+    int row_tiles = down ? run.w.down_tiles : run.w.gate_up_tiles, n_items = run.state->n_tiles * row_tiles;
+    for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
+        moe4_tile tile;
+        int index, row_tile;
+        item_place(run, i, row_tiles, &tile, &index, &row_tile);
+        if (tile.n <= 8)
+            product_item<1>(run, down, tile, row_tile, partials);
+        else if (tile.n <= 16)
+            product_item<2>(run, down, tile, row_tile, partials);
+        else
+            product_item<4>(run, down, tile, row_tile, partials);
     }
 }
 
 static __global__ void __launch_bounds__(THREADS) gate_up_kernel(const __grid_constant__ moe4_layer_run run) {
-    __shared__ float partials[partial_shape<1, 4>::floats];
-    int n_items = run.state->n_tiles * run.w.gate_up_tiles;
-    for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
-        moe4_tile tile;
-        int index, row_tile;
-        item_place(run, i, run.w.gate_up_tiles, &tile, &index, &row_tile);
-        if (tile.n <= 8)
-            gate_up_item<1>(run, tile, row_tile, partials);
-        else if (tile.n <= 16)
-            gate_up_item<2>(run, tile, row_tile, partials);
-        else
-            gate_up_item<4>(run, tile, row_tile, partials);
-    }
+    run_items(run, false);
 }
 
 static __global__ void __launch_bounds__(THREADS) down_kernel(const __grid_constant__ moe4_layer_run run) {
-    __shared__ float partials[partial_shape<1, 4>::floats];
-    int n_items = run.state->n_tiles * run.w.down_tiles;
-    for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
-        moe4_tile tile;
-        int index, row_tile;
-        item_place(run, i, run.w.down_tiles, &tile, &index, &row_tile);
-        if (tile.n <= 8)
-            down_item<1>(run, tile, row_tile, partials);
-        else if (tile.n <= 16)
-            down_item<2>(run, tile, row_tile, partials);
-        else
-            down_item<4>(run, tile, row_tile, partials);
-    }
+    run_items(run, true);
 }
 
 static unsigned grid_blocks(const moe4_layer_run *run, int row_tiles) {

@@ -56,8 +56,7 @@ struct moe4_layer_run {
     moe4_activation activation;
     float alpha, beta, limit; /* its parameters; no limit: 0 */
     int n_tokens, top_k;
-    int tile_columns;       /* 8, 16 or 32 */
-    int row_tiles_per_item; /* decode_sm90: 1, or 2 where both row tile counts are even and columns at most 16 */
+    int tile_columns; /* 8, 16 or 32 */
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */

@@ -117,10 +117,8 @@ static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4
                                  .x_dtype = l->o.x_dtype,
                                  .x_in_ld = l->o.x_ld};
     moe4_cuda_choose_kernel(r, moe4_cuda_of(l->ctx));
-    for (size_t i = 0; i < l->n_weights; i++) {
+    for (size_t i = 0; i < l->n_weights; i++)
         if (l->weight[i].rows > widest) widest = l->weight[i].rows;
-        if (p->matrix[i].packed.down_tiles % 2 && r->row_tiles_per_item == 2) r->row_tiles_per_item = 1; /* one choice for all */
-    }
     moe4_cuda_carve_run(&c, r, false);
     *o = l->o.y_dtype == MOE4_F32 ? NULL : moe4_carve(&c, n_tokens, widest * sizeof **o);
     *bytes = c.used;

@@ -38,10 +38,14 @@ static __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     return r;
 }
 
+/* Shifts to the left as multiplications by what the compiler cannot see through: they go to the multipliers, while masks, rotates and
+ * selections fill the integer units, which are the ones that run short. */
+static __constant__ uint32_t shift_left[3] = {1u << 6, 1u << 2, 1u << 4};
+
 /* Byte `I` of four packed scales as a bf16x2 multiplier, scale * 2^118 in both halves. */
 template <int I> static __device__ __forceinline__ uint32_t scale_multiplier(uint32_t scales) {
     uint32_t both = __byte_perm(scales, 0, 0x4040 | I | I << 8);
-    return both * 16u + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
+    return both * shift_left[2] + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
 }
 
 /* One packed word -> an A fragment. Field positions within each 16-bit half (half 0 and 1: even and odd k of the pair):
@@ -52,9 +56,9 @@ template <int I> static __device__ __forceinline__ uint32_t scale_multiplier(uin
 static __device__ __forceinline__ void decode_word(uint32_t a[4], uint32_t w, uint32_t scale_g, uint32_t scale_g8) {
     const uint32_t fields = 0x81C081C0u;
     a[0] = mul_bf16x2(w & fields, scale_g);
-    a[1] = mul_bf16x2((w << 6) & fields, scale_g8);
+    a[1] = mul_bf16x2((w * shift_left[0]) & fields, scale_g8);
     a[2] = mul_bf16x2(__funnelshift_r(w, w, 4) & fields, scale_g);
-    a[3] = mul_bf16x2((__funnelshift_r(w, w, 6) & 0x81808180u) | ((w << 2) & 0x00400040u), scale_g8);
+    a[3] = mul_bf16x2((__funnelshift_r(w, w, 6) & 0x81808180u) | ((w * shift_left[1]) & 0x00400040u), scale_g8);
 }
 
 /* ---- packing, the reverse ---- */

@@ -1,23 +1,25 @@
 /* The product of one work item, shared by the kernels so that they give the same bits: rows of packed weights times up to 8 * NT
- * columns, k split over eight warps (warp w takes units w, w+8, ...), partial sums added in warp order through shared memory, then the
- * gated unit (gate/up) or the alpha (down). RM is how many of a unit's four 16-row tiles these eight warps have: 4, or 2 where another
- * eight have the others.
+ * columns. A group of four warps has 32 rows, two 16-row tiles of a unit; k is split over the four (warp w takes units w, w+4, ...),
+ * partial sums are added in warp order through shared memory, then the gated unit (gate/up) or the alpha (down).
  *
  *   acc[m][j][4]: fragment of rows 16m + {g, g+8}, columns 8j + {2c, 2c+1}; lane = 4g + c
- *   partials in shared memory: [warp][column][pair p = 8m + g: row g of all pairs, then row g+8], four floats more a column against bank
- *   conflicts. As many columns at once as 32 lanes have pairs for: 8 * 4 / RM, but no more than there are. */
+ *   partials in shared memory: [warp][column of a round][pair p = 8m + g: row g of all pairs, then row g+8], rows of 32 + 4 floats against
+ *   bank conflicts; two column tiles a round, where there are two */
 #ifndef MOE4_CUDA_PRODUCT_CUH
 #define MOE4_CUDA_PRODUCT_CUH
 
 #include "activation.cuh"
 #include "ptx.cuh"
 
-#define MOE4_WARPS 8
+#define MOE4_SLICES 4 /* of k: the warps of a group */
+#define MOE4_GROUP_ROWS 32
+#define MOE4_ROW_TILES 2 /* of 16, in a group */
+#define MOE4_PAIRS 16
+#define MOE4_COLUMN_FLOATS (2 * MOE4_PAIRS + 4)
 
-template <int NT, int RM> struct partial_shape {
-    static constexpr int pairs = 8 * RM, column_floats = 2 * pairs + 4;
-    static constexpr int tiles = 4 / RM < NT ? 4 / RM : NT; /* of eight columns, at once */
-    static constexpr int warp_floats = 8 * tiles * column_floats, floats = MOE4_WARPS * warp_floats;
+template <int NT> struct partial_shape {
+    static constexpr int tiles = NT < 2 ? 1 : 2; /* of eight columns, in a round */
+    static constexpr int warp_floats = 8 * tiles * MOE4_COLUMN_FLOATS, floats = MOE4_SLICES * warp_floats;
 };
 
 /* acc += one unit: w4[m] and scales as the lane's packed words, b[j] its 16 consecutive activations of column 8j + g. */
@@ -37,39 +39,39 @@ static __device__ __forceinline__ void unit_tile_product(float acc[NT][4], uint4
     }
 }
 
-/* The two multipliers of row tile m (compile-time) from the lane's eight scale bytes. */
-static __device__ __forceinline__ void unit_scales(uint32_t *scale_g, uint32_t *scale_g8, uint2 scales, int m) {
-    uint32_t s = m & 2 ? scales.y : scales.x;
-    *scale_g = m & 1 ? scale_multiplier<2>(s) : scale_multiplier<0>(s);
-    *scale_g8 = m & 1 ? scale_multiplier<3>(s) : scale_multiplier<1>(s);
+/* The two multipliers of row tile m (compile-time) from the lane's scale bytes of both. */
+static __device__ __forceinline__ void unit_scales(uint32_t *scale_g, uint32_t *scale_g8, uint32_t scales, int m) {
+    *scale_g = m ? scale_multiplier<2>(scales) : scale_multiplier<0>(scales);
+    *scale_g8 = m ? scale_multiplier<3>(scales) : scale_multiplier<1>(scales);
 }
 
 /* A warp's sums of column tiles j0 .. j0 + tiles - 1. */
-template <int NT, int RM>
-static __device__ __forceinline__ void store_partials(float *partials, int warp, int lane, const float acc[RM][NT][4], int j0) {
-    using P = partial_shape<NT, RM>;
-    float *at = partials + warp * P::warp_floats + 2 * (lane & 3) * P::column_floats + (lane >> 2);
+template <int NT>
+static __device__ __forceinline__ void store_partials(float *partials, int slice, int lane, const float acc[MOE4_ROW_TILES][NT][4],
+                                                      int j0) {
+    using P = partial_shape<NT>;
+    float *at = partials + slice * P::warp_floats + 2 * (lane & 3) * MOE4_COLUMN_FLOATS + (lane >> 2);
 #pragma unroll
     for (int j = 0; j < P::tiles; j++)
 #pragma unroll
-        for (int m = 0; m < RM; m++) {
-            float *to = at + 8 * j * P::column_floats + 8 * m;
+        for (int m = 0; m < MOE4_ROW_TILES; m++) {
+            float *to = at + 8 * j * MOE4_COLUMN_FLOATS + 8 * m;
             to[0] = acc[m][j0 + j][0];
-            to[P::column_floats] = acc[m][j0 + j][1];
-            to[P::pairs] = acc[m][j0 + j][2];
-            to[P::column_floats + P::pairs] = acc[m][j0 + j][3];
+            to[MOE4_COLUMN_FLOATS] = acc[m][j0 + j][1];
+            to[MOE4_PAIRS] = acc[m][j0 + j][2];
+            to[MOE4_COLUMN_FLOATS + MOE4_PAIRS] = acc[m][j0 + j][3];
         }
 }
 
-/* Sums of a pair of one of the columns over the warps, in their order. */
-template <int NT, int RM> static __device__ __forceinline__ float2 sum_partials(const float *partials, int column, int pair) {
-    using P = partial_shape<NT, RM>;
-    const float *at = partials + column * P::column_floats + pair;
-    float2 sum = {at[0], at[P::pairs]};
+/* Sums of a pair of one of the round's columns over the warps, in their order. */
+template <int NT> static __device__ __forceinline__ float2 sum_partials(const float *partials, int column, int pair) {
+    using P = partial_shape<NT>;
+    const float *at = partials + column * MOE4_COLUMN_FLOATS + pair;
+    float2 sum = {at[0], at[MOE4_PAIRS]};
 #pragma unroll
-    for (int w = 1; w < MOE4_WARPS; w++) {
+    for (int w = 1; w < MOE4_SLICES; w++) {
         sum.x += at[w * P::warp_floats];
-        sum.y += at[w * P::warp_floats + P::pairs];
+        sum.y += at[w * P::warp_floats + MOE4_PAIRS];
     }
     return sum;
 }
@@ -85,8 +87,7 @@ static __device__ __forceinline__ float gated_unit(const moe4_layer_run &run, fl
     return g / (1.f + expf(-s)) * (u + run.beta);
 }
 
-/* One value of h; the 8 * RM lanes beside it have its neighbours. `mask`: the lanes that are here. */
-template <int RM>
+/* One value of h; the 16 lanes of its half warp have its neighbours. `mask`: the lanes that are here. */
 static __device__ __forceinline__ void store_h(const moe4_layer_run &run, uint32_t mask, int row, int feature, float2 sum, float gate_alpha,
                                                float up_alpha) {
     float h = gated_unit(run, sum.x * gate_alpha, sum.y * up_alpha);
@@ -98,8 +99,8 @@ static __device__ __forceinline__ void store_h(const moe4_layer_run &run, uint32
     run.h_wide[at] = h;
     uint32_t amax = __float_as_uint(h) & 0x7FFFFFFFu;
 #pragma unroll
-    for (int d = 4 * RM; d; d /= 2) amax = max(amax, __shfl_xor_sync(mask, amax, d));
-    if (feature % (8 * RM) == 0) atomicMax(run.h_amax + row, amax);
+    for (int d = MOE4_PAIRS / 2; d; d /= 2) amax = max(amax, __shfl_xor_sync(mask, amax, d));
+    if (feature % MOE4_PAIRS == 0) atomicMax(run.h_amax + row, amax);
 }
 
 /* Two values of o for a slot, eight rows apart. */
@@ -107,6 +108,11 @@ static __device__ __forceinline__ void store_o(const moe4_layer_run &run, int sl
     float *o = run.o + (size_t)slot * (size_t)run.w.hidden;
     if (n < run.w.hidden) o[n] = sum.x * alpha;
     if (n + 8 < run.w.hidden) o[n + 8] = sum.y * alpha;
+}
+
+/* First of a pair's two output rows, from the first row of its group. */
+static __device__ __forceinline__ int pair_row(int group_row, int pair) {
+    return group_row + (pair >> 3) * 16 + (pair & 7);
 }
 
 /* The row of x that a slot reads. */

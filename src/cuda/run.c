@@ -11,17 +11,7 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
-    bool pairs = r->w.down_tiles % 2 == 0; /* row tiles go by twos; those of gate/up always can */
-    if (r->n_tokens <= 8 || per_expert <= 4) {
-        r->tile_columns = 8;
-        r->row_tiles_per_item = 1;
-    } else if (per_expert <= 14) {
-        r->tile_columns = 16;
-        r->row_tiles_per_item = pairs ? 2 : 1;
-    } else {
-        r->tile_columns = 32;
-        r->row_tiles_per_item = 1;
-    }
+    r->tile_columns = r->n_tokens <= 8 || per_expert <= 4 ? 8 : per_expert <= 12 ? 16 : 32;
     (void)device;
 }
 
