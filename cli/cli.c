@@ -98,6 +98,7 @@ bool cli_parse(int argc, char **argv, const struct cli_usage *usage, const char 
     }
 
     opterr = 0;
+    optind = 0; /* from the start, also in a second call */
     for (int given; (given = getopt_long(argc, argv, letters, options, NULL)) != -1;) {
         if (given == HELP || given == 'h') {
             cli_help(argv[0], usage);
