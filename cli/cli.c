@@ -135,10 +135,15 @@ static void print_log(void *user, const char *line) {
     fprintf(stderr, "moe4: %s\n", line); /* it begins with the thing, as all sentences of the library do */
 }
 
+bool cli_on_device(const struct cli_common *common) {
+    return common->device && strcmp(common->device, "cpu") != 0;
+}
+
 int cli_open_ctx(moe4_ctx **ctx_ret, const struct cli_common *common) {
     moe4_ctx_options options = MOE4_CTX_OPTIONS_INIT;
     *ctx_ret = NULL;
     options.n_threads = common->n_threads;
+    options.device = common->device;
     options.log = print_log; /* where a context that cannot be made says why */
     if (common->isa) {
         options.isa_mask = moe4_isa_mask(common->isa);

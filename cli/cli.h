@@ -64,7 +64,10 @@ struct cli_common {
     size_t n_threads; /* 0: the library chooses */
     const char *isa;  /* NULL: the library chooses */
     bool json;
+    const char *device; /* of the commands that take --device; NULL: the CPU */
 };
+/* --device names something other than the CPU. */
+bool cli_on_device(const struct cli_common *common);
 #define CLI_COMMON_OPTIONS(c)                                                                                           \
     {"threads", CLI_SIZE, &(c)->n_threads, "N", "use N threads (all that this process may use)"},                       \
         {"isa", CLI_TEXT, &(c)->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"}, { \

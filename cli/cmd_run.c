@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cli.h"
+#include "mirror.h"
 #include "tensorfile.h"
 
 struct args {
@@ -32,7 +33,8 @@ struct run {
     moe4_model_info info;
     moe4_layer_kind kind;
     moe4_act act;
-    struct cli_matrix x, ids, weights, y, wanted; /* no ids and weights in a dense layer */
+    struct cli_matrix x, ids, weights, y, wanted;     /* no ids and weights in a dense layer */
+    struct cli_mirror on_x, on_ids, on_weights, on_y; /* where the layer runs */
     moe4_moe_report report;
     uint64_t least_tokens, most_tokens; /* of an expert that was hit */
     double load_seconds, route_seconds, forward_seconds;
@@ -57,6 +59,7 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"check", CLI_TEXT, &a->check, "FILE:TENSOR", "compare y with [T,H] F64, F32, F16 or BF16"},
         {"tol", CLI_NUMBER, &tol, "X", "largest relative L2 that passes --check (2e-3)"},
         {"repeat", CLI_SIZE, &a->repeat, "N", "run N times and report the fastest (1)"},
+        {"device", CLI_TEXT, &a->common.device, "NAME", "cpu (default), cuda or cuda:N"},
         CLI_COMMON_OPTIONS(&a->common),
     };
     const struct cli_usage usage = {
@@ -149,22 +152,20 @@ static int new_matrix(struct cli_matrix *m, moe4_dtype dtype, size_t rows, size_
     return m->data ? CLI_FINE : cli_error(CLI_BAD_DATA, "run", "out of memory ([%zu, %zu] %s)", rows, cols, moe4_dtype_name(dtype));
 }
 
-/* 64-byte aligned, and every page already there: a first touch should not count as the layer's time. */
-static int new_workspace(moe4_workspace *w, size_t bytes) {
-    bytes = bytes ? bytes : 1;
-    w->bytes = bytes;
-    if (posix_memalign(&w->data, 64, bytes) != 0) {
-        w->data = NULL;
-        return cli_error(CLI_BAD_DATA, "workspace", "out of memory (%zu bytes)", bytes);
-    }
-    memset(w->data, 0, bytes);
-    return CLI_FINE;
+/* The inputs, where the layer runs. */
+static int open_mirrors(struct run *r) {
+    int exit_status = cli_mirror_open(&r->on_x, r->ctx, &r->args->common, &r->x);
+    if (exit_status == CLI_FINE) exit_status = cli_mirror_open(&r->on_ids, r->ctx, &r->args->common, &r->ids);
+    return exit_status == CLI_FINE ? cli_mirror_open(&r->on_weights, r->ctx, &r->args->common, &r->weights) : exit_status;
 }
 
 static int route(struct run *r) {
     const struct args *a = r->args;
-    if (r->kind == MOE4_LAYER_DENSE) return CLI_FINE;
-    if (a->routing) return read_routing(r);
+    if (r->kind == MOE4_LAYER_DENSE) return open_mirrors(r);
+    if (a->routing) {
+        int given = read_routing(r);
+        return given == CLI_FINE ? open_mirrors(r) : given;
+    }
     moe4_router_options options = MOE4_ROUTER_OPTIONS_INIT;
     options.x_dtype = r->x.dtype;
     size_t bytes = 0, k = r->info.router.top_k;
@@ -174,14 +175,16 @@ static int route(struct run *r) {
     if (status != MOE4_OK) return cli_fail(r->ctx, status, a->model);
     int exit_status = new_matrix(&r->ids, MOE4_I32, r->x.rows, k);
     if (exit_status == CLI_FINE) exit_status = new_matrix(&r->weights, MOE4_F32, r->x.rows, k);
-    if (exit_status == CLI_FINE) exit_status = new_workspace(&workspace, bytes);
+    if (exit_status == CLI_FINE) exit_status = cli_workspace_open(&workspace, r->ctx, bytes);
+    if (exit_status == CLI_FINE) exit_status = open_mirrors(r);
     if (exit_status == CLI_FINE) {
         double start = cli_seconds();
-        status = moe4_router_forward(r->router, r->ids.data, r->weights.data, r->x.data, NULL, r->x.rows, &workspace, NULL);
+        status = moe4_router_forward(r->router, r->on_ids.data, r->on_weights.data, r->on_x.data, NULL, r->x.rows, &workspace, NULL);
+        exit_status = status == MOE4_OK ? cli_mirror_read(&r->on_ids, r->ctx) : cli_fail(r->ctx, status, a->model);
         r->route_seconds = cli_seconds() - start;
-        if (status != MOE4_OK) exit_status = cli_fail(r->ctx, status, a->model);
+        if (exit_status == CLI_FINE) exit_status = cli_mirror_read(&r->on_weights, r->ctx);
     }
-    free(workspace.data);
+    cli_workspace_close(&workspace, r->ctx);
     return exit_status;
 }
 
@@ -223,19 +226,22 @@ static int forward(struct run *r) {
     moe4_workspace workspace = {NULL, 0};
     moe4_status status = moe4_moe_workspace_bytes(r->moe, &bytes, r->x.rows);
     if (status != MOE4_OK) return cli_fail(r->ctx, status, r->args->model);
-    int exit_status = new_workspace(&workspace, bytes);
+    int exit_status = cli_workspace_open(&workspace, r->ctx, bytes);
+    if (exit_status == CLI_FINE) exit_status = cli_mirror_open(&r->on_y, r->ctx, &r->args->common, &r->y);
     for (size_t i = 0; exit_status == CLI_FINE && i < r->args->repeat; i++) {
         double start = cli_seconds();
-        status = moe4_moe_forward(r->moe, r->y.data, r->x.data, r->ids.data, r->weights.data, r->x.rows, &workspace, NULL);
+        status = moe4_moe_forward(r->moe, r->on_y.data, r->on_x.data, r->on_ids.data, r->on_weights.data, r->x.rows, &workspace, NULL);
+        if (status == MOE4_OK) exit_status = cli_mirror_wait(&r->on_y, r->ctx);
         double seconds = cli_seconds() - start;
         if (status != MOE4_OK) {
             exit_status = cli_fail(r->ctx, status, r->args->model);
-        } else if (i == 0 || seconds < r->forward_seconds) {
+        } else if (exit_status == CLI_FINE && (i == 0 || seconds < r->forward_seconds)) {
             r->forward_seconds = seconds;
             exit_status = read_report(r, &workspace);
         }
     }
-    free(workspace.data);
+    if (exit_status == CLI_FINE) exit_status = cli_mirror_read(&r->on_y, r->ctx);
+    cli_workspace_close(&workspace, r->ctx);
     return exit_status;
 }
 
@@ -286,11 +292,16 @@ static void print_table(const struct run *r) {
         printf("experts hit   %llu of %zu, %llu to %llu tokens each\n", (unsigned long long)p->n_experts_hit, r->info.n_experts,
                (unsigned long long)r->least_tokens, (unsigned long long)r->most_tokens);
     }
-    printf("isa           %s: %s\n", moe4_ctx_isa(r->ctx), moe4_ctx_isa_reason(r->ctx));
-    printf("threads       %zu\n\n", moe4_ctx_n_threads(r->ctx));
+    if (cli_on_device(&r->args->common)) {
+        printf("device        %s\n\n", r->args->common.device);
+    } else {
+        printf("isa           %s: %s\n", moe4_ctx_isa(r->ctx), moe4_ctx_isa_reason(r->ctx));
+        printf("threads       %zu\n\n", moe4_ctx_n_threads(r->ctx));
+    }
     printf("%-13s %9.3f ms\n", "load", 1e3 * r->load_seconds);
     if (r->router) printf("%-13s %9.3f ms\n", "route", 1e3 * r->route_seconds);
-    for (int i = 0; i < MOE4_N_STAGES; i++) printf("%-13s %9.3f ms\n", moe4_stage_name((moe4_stage)i), 1e3 * p->seconds[i]);
+    for (int i = 0; i < MOE4_N_STAGES && !cli_on_device(&a->common); i++) /* a device does not time them */
+        printf("%-13s %9.3f ms\n", moe4_stage_name((moe4_stage)i), 1e3 * p->seconds[i]);
     printf("%-13s %9.3f ms\n", "layer", 1e3 * r->forward_seconds);
     printf("weights       %s read, %.2f GB/s\n\n", cli_bytes(text, p->weight_bytes), weight_rate(r));
     printf("saturated     %llu blocks\nnon-finite    %llu rows\n", (unsigned long long)p->n_saturated_blocks,
@@ -322,10 +333,10 @@ static json_t *check_json(const struct run *r) {
 static int print_json(const struct run *r) {
     const moe4_moe_report *p = &r->report;
     const struct args *a = r->args;
-    json_t *layer =
-        json_pack("{s:o, s:I, s:s, s:s, s:b, s:s, s:s, s:I}", "model", cli_json_text(a->model), "layer", (json_int_t)a->layer, "kind",
-                  r->kind == MOE4_LAYER_MOE ? "moe" : "dense", "act", moe4_act_name(r->act), "shared", a->shared, "isa",
-                  moe4_ctx_isa(r->ctx), "isa_reason", moe4_ctx_isa_reason(r->ctx), "threads", (json_int_t)moe4_ctx_n_threads(r->ctx));
+    json_t *layer = json_pack("{s:o, s:I, s:s, s:s, s:b, s:s, s:s, s:s, s:I}", "model", cli_json_text(a->model), "layer",
+                              (json_int_t)a->layer, "kind", r->kind == MOE4_LAYER_MOE ? "moe" : "dense", "act", moe4_act_name(r->act),
+                              "shared", a->shared, "device", a->common.device ? a->common.device : "cpu", "isa", moe4_ctx_isa(r->ctx),
+                              "isa_reason", moe4_ctx_isa_reason(r->ctx), "threads", (json_int_t)moe4_ctx_n_threads(r->ctx));
     json_t *work = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f}", "tokens", (json_int_t)p->n_tokens, "slots",
                              (json_int_t)p->n_slots, "experts_hit", (json_int_t)p->n_experts_hit, "least_tokens_of_an_expert",
                              (json_int_t)r->least_tokens, "most_tokens_of_an_expert", (json_int_t)r->most_tokens, "saturated_blocks",
@@ -347,6 +358,8 @@ static void release(struct run *r) {
     moe4_moe_destroy(r->moe);
     moe4_router_destroy(r->router);
     moe4_checkpoint_close(r->ckpt);
+    struct cli_mirror *const mirrors[] = {&r->on_x, &r->on_ids, &r->on_weights, &r->on_y};
+    for (size_t i = 0; i < sizeof mirrors / sizeof *mirrors; i++) cli_mirror_close(mirrors[i], r->ctx);
     moe4_ctx_destroy(r->ctx);
     struct cli_matrix *const all[] = {&r->x, &r->ids, &r->weights, &r->y, &r->wanted};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) cli_matrix_free(all[i]);

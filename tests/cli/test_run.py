@@ -175,6 +175,7 @@ class Bundled(CliCase):
         self.error("run", MODEL, "--layer", 3, "--input", X3, "--act", "fp8", status=BAD_USAGE, says='"fp8"')
         self.error("run", MODEL, "--layer", 3, "--input", X3, "--act", "bf16", status=BAD_USAGE, says="bf16")
         self.error("run", MODEL, "--layer", 3, "--input", X3, "--output-dtype", "f64", status=BAD_USAGE, says='"f64"')
+        self.error("run", MODEL, "--layer", 3, "--input", X3, "--device", "tpu:0", status=BAD_USAGE, says=["tpu:0", "cuda:N"])
 
     def test_wrong_input(self):
         x = self.folder / "x.safetensors"
