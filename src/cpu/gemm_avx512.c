@@ -76,7 +76,7 @@ INLINE void prefetch(const struct moe4_tile16 *w, const int n_rows) {
         return;
     }
 #pragma GCC unroll 16
-    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 8192 + line, _MM_HINT_T1);
+    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 6656 + line, _MM_HINT_T1);
 }
 
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
