@@ -5,8 +5,6 @@
 #include "linear.h"
 #include "rows.h"
 
-enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
-
 moe4_status moe4_cpu_grouped_prepare(moe4_grouped *g) {
     return moe4_cpu_matrices_create(&g->prepared, g->ctx, g->weight, g->n_groups, g->o.act);
 }
@@ -45,6 +43,7 @@ bool moe4_cpu_grouped_bytes(size_t *bytes, const moe4_grouped *g, size_t n_rows)
 struct run {
     const struct moe4_grouped_call *c;
     struct buffers b;
+    struct moe4_task_size task;
     size_t n_pos, n_blocks;
 };
 
@@ -96,17 +95,18 @@ static void product_task(void *arg, size_t task) {
     const moe4_grouped *g = r->c->grouped;
     const struct moe4_cpu_matrices *p = g->prepared;
     const struct moe4_kernels *kernels = g->ctx->kernels;
-    size_t group = task / r->n_blocks, col0 = task % r->n_blocks * TASK_COLS, pos, n_group, row;
-    size_t n_cols = g->rows - col0 < TASK_COLS ? g->rows - col0 : TASK_COLS;
+    const size_t cols = r->task.cols;
+    size_t group = task / r->n_blocks, col0 = task % r->n_blocks * cols, pos, n_group, row;
+    size_t n_cols = g->rows - col0 < cols ? g->rows - col0 : cols;
     group_part(r, group, &pos, &n_group, &row);
-    _Alignas(64) float out[TASK_ROWS * TASK_COLS];
-    for (size_t m0 = 0; m0 < n_group; m0 += TASK_ROWS) {
-        size_t n = n_group - m0 < TASK_ROWS ? n_group - m0 : TASK_ROWS;
-        p->gemm->gemm(out, TASK_COLS, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols);
+    _Alignas(64) float out[MOE4_TASK_FLOATS];
+    for (size_t m0 = 0; m0 < n_group; m0 += r->task.rows) {
+        size_t n = n_group - m0 < r->task.rows ? n_group - m0 : r->task.rows;
+        p->gemm->gemm(out, cols, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols);
         for (size_t m = 0; m < n; m++) {
             size_t at = (row + m0 + m) * g->o.y_ld + col0 + (r->c->offsets ? 0 : group * g->rows);
-            moe4_cpu_finish_row(kernels, out + m * TASK_COLS, &g->weight[group], col0, n_cols, r->b.factor[pos + m0 + m]);
-            kernels->narrow_row((char *)r->c->y + at * moe4_dtype_bytes(g->o.y_dtype), g->o.y_dtype, out + m * TASK_COLS, n_cols);
+            moe4_cpu_finish_row(kernels, out + m * cols, &g->weight[group], col0, n_cols, r->b.factor[pos + m0 + m]);
+            kernels->narrow_row((char *)r->c->y + at * moe4_dtype_bytes(g->o.y_dtype), g->o.y_dtype, out + m * cols, n_cols);
         }
     }
 }
@@ -114,10 +114,12 @@ static void product_task(void *arg, size_t task) {
 moe4_status moe4_cpu_grouped_forward(const struct moe4_grouped_call *c) {
     const moe4_grouped *g = c->grouped;
     const struct moe4_cpu_matrices *p = g->prepared;
-    struct run r = {.c = c, .n_blocks = (g->rows + TASK_COLS - 1) / TASK_COLS};
+    struct run r = {.c = c};
     size_t bytes;
     uint64_t n_saturated = 0;
     r.n_pos = c->offsets ? (size_t)c->offsets[g->n_groups] : c->n_rows * g->n_groups;
+    r.task = moe4_task_size(g->ctx, p->gemm, r.n_pos, g->n_groups, g->rows, g->cols);
+    r.n_blocks = (g->rows + r.task.cols - 1) / r.task.cols;
     carve(&bytes, &r.b, g, c->n_rows, c->workspace);
     place_rows(&r, p->gemm->row_bytes(g->cols));
     if (c->offsets || g->o.x_dtype == MOE4_NVFP4) {

@@ -7,8 +7,6 @@
 #include "pack.h"
 #include "rows.h"
 
-enum { TASK_COLS = MOE4_TASK_COLS, TASK_ROWS = 128 };
-
 moe4_status moe4_cpu_matrices_create(void **matrices_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n, moe4_act act) {
     struct moe4_cpu_matrices *p = moe4_calloc(ctx, 1, sizeof *p + n * sizeof *p->matrix, "matrices");
     if (!p) return MOE4_ERROR_MEMORY;
@@ -64,6 +62,7 @@ bool moe4_cpu_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens)
 struct run {
     const struct moe4_linear_call *c;
     struct buffers b;
+    struct moe4_task_size task;
     size_t row_blocks;
 };
 
@@ -71,25 +70,26 @@ static void product_task(void *arg, size_t task) {
     const struct run *r = arg;
     const moe4_linear *l = r->c->linear;
     const struct moe4_cpu_matrices *p = l->prepared;
-    size_t row0 = task % r->row_blocks * TASK_ROWS, block = task / r->row_blocks, i = 0;
-    for (size_t n; block >= (n = (l->weight[i].rows + TASK_COLS - 1) / TASK_COLS); i++) block -= n;
-    size_t N = l->weight[i].rows, col0 = block * TASK_COLS;
-    size_t n_cols = N - col0 < TASK_COLS ? N - col0 : TASK_COLS;
-    size_t n_rows = r->c->n_tokens - row0 < TASK_ROWS ? r->c->n_tokens - row0 : TASK_ROWS;
+    const size_t cols = r->task.cols, row0 = task % r->row_blocks * r->task.rows;
+    size_t block = task / r->row_blocks, i = 0;
+    for (size_t n; block >= (n = (l->weight[i].rows + cols - 1) / cols); i++) block -= n;
+    size_t N = l->weight[i].rows, col0 = block * cols;
+    size_t n_cols = N - col0 < cols ? N - col0 : cols;
+    size_t n_rows = r->c->n_tokens - row0 < r->task.rows ? r->c->n_tokens - row0 : r->task.rows;
 
-    _Alignas(64) float out[TASK_ROWS * TASK_COLS];
-    p->gemm->gemm(out, TASK_COLS, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols);
+    _Alignas(64) float out[MOE4_TASK_FLOATS];
+    p->gemm->gemm(out, cols, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols);
     for (size_t m = 0; m < n_rows; m++) {
         char *y = (char *)r->c->y[i] + ((row0 + m) * N + col0) * moe4_dtype_bytes(l->o.y_dtype);
-        moe4_cpu_finish_row(l->ctx->kernels, out + m * TASK_COLS, &l->weight[i], col0, n_cols, r->b.factor[row0 + m]);
-        l->ctx->kernels->narrow_row(y, l->o.y_dtype, out + m * TASK_COLS, n_cols);
+        moe4_cpu_finish_row(l->ctx->kernels, out + m * cols, &l->weight[i], col0, n_cols, r->b.factor[row0 + m]);
+        l->ctx->kernels->narrow_row(y, l->o.y_dtype, out + m * cols, n_cols);
     }
 }
 
 moe4_status moe4_cpu_linear_forward(const struct moe4_linear_call *c) {
     const moe4_linear *l = c->linear;
     const struct moe4_cpu_matrices *p = l->prepared;
-    struct run r = {.c = c, .row_blocks = (c->n_tokens + TASK_ROWS - 1) / TASK_ROWS};
+    struct run r = {.c = c};
     size_t bytes, n_blocks = 0, n_cols = 0, row_bytes = p->gemm->row_bytes(l->cols);
     carve(&bytes, &r.b, l, c->n_tokens, c->workspace);
     struct moe4_row_stage stage = {.ctx = l->ctx,
@@ -109,10 +109,10 @@ moe4_status moe4_cpu_linear_forward(const struct moe4_linear_call *c) {
     moe4_pack_rows(&stage);
     if (c->n_saturated) *c->n_saturated = stage.n_saturated;
     for (size_t t = 0; t < c->n_tokens; t++) r.b.row[t] = (const char *)r.b.rows + t * row_bytes;
-    for (size_t i = 0; i < l->n_weights; i++) {
-        n_blocks += (l->weight[i].rows + TASK_COLS - 1) / TASK_COLS;
-        n_cols += l->weight[i].rows;
-    }
+    for (size_t i = 0; i < l->n_weights; i++) n_cols += l->weight[i].rows;
+    r.task = moe4_task_size(l->ctx, p->gemm, c->n_tokens, 1, n_cols, l->cols);
+    r.row_blocks = (c->n_tokens + r.task.rows - 1) / r.task.rows;
+    for (size_t i = 0; i < l->n_weights; i++) n_blocks += (l->weight[i].rows + r.task.cols - 1) / r.task.cols;
     moe4_run(l->ctx, n_blocks * r.row_blocks, (double)c->n_tokens * (double)n_cols * (double)l->cols, product_task, &r);
     return MOE4_OK;
 }

@@ -84,13 +84,11 @@ moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
 
 /* ---- the products ---- */
 
-/* A task's outputs of each product, on its stack; its columns at most; its weights, which stay in the second-level cache for all rows. */
-enum { TASK_FLOATS = 7168, MOST_COLS = 8 * MOE4_TASK_COLS, TASK_WEIGHT_BYTES = 300 << 10, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
-
 /* A product over all experts of a group that were hit: task = (hit expert, block of columns). */
 struct product {
     const struct moe4_cpu_group *g;
-    size_t n_cols, task_cols, task_rows, blocks; /* of one expert */
+    struct moe4_task_size task;
+    size_t n_cols, blocks; /* of one expert */
     struct moe4_glu glu;
 };
 
@@ -102,27 +100,20 @@ struct part { /* one task's share */
 
 static struct part task_part(const struct product *p, size_t task) {
     const struct moe4_cpu_group *g = p->g;
-    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * p->task_cols;
+    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * p->task.cols;
     return (struct part){.e = &g->cpu->expert[e],
                          .w = &g->set->expert[e],
                          .pos0 = (size_t)g->start[e],
                          .n_pos = (size_t)(g->start[e + 1] - g->start[e]),
                          .col0 = col0,
-                         .n_cols = p->n_cols - col0 < p->task_cols ? p->n_cols - col0 : p->task_cols};
+                         .n_cols = p->n_cols - col0 < p->task.cols ? p->n_cols - col0 : p->task.cols};
 }
 
-static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, size_t n_cols, size_t k, int n_products, struct moe4_glu glu,
-                        void (*fn)(void *, size_t)) {
+static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols, size_t k,
+                        int n_products, struct moe4_glu glu, void (*fn)(void *, size_t)) {
     struct product p = {.g = g, .n_cols = n_cols, .glu = glu};
-    /* Each task starts a new stream of weights, so its columns are many, while there are tasks enough for all threads. Few rows read
-     * their weights once; for many they should stay in the second-level cache. */
-    const bool few = g->n_pos <= FEW_ROWS * g->n_hit;
-    p.task_cols = MOST_COLS;
-    while (p.task_cols > MOE4_TASK_COLS && ((!few && p.task_cols * k / 16 * 9 > TASK_WEIGHT_BYTES) ||
-                                            g->n_hit * n_cols < TASKS_PER_THREAD * moe4_ctx_n_threads(ctx) * p.task_cols))
-        p.task_cols /= 2;
-    p.task_rows = TASK_FLOATS / p.task_cols;
-    p.blocks = (n_cols + p.task_cols - 1) / p.task_cols;
+    p.task = moe4_task_size(ctx, gemm, g->n_pos, g->n_hit, n_cols, k);
+    p.blocks = (n_cols + p.task.cols - 1) / p.task.cols;
     moe4_run(ctx, g->n_hit * p.blocks, (double)g->n_pos * (double)n_cols * (double)k * n_products, fn, &p);
 }
 
@@ -133,10 +124,10 @@ static void gate_up_task(void *arg, size_t task) {
     const struct moe4_kernels *kernels = g->cpu->kernels;
     struct part t = task_part(p, task);
     bool gated = p->glu.kind != MOE4_RELU2;
-    const size_t ld = p->task_cols;
-    _Alignas(64) float gate[TASK_FLOATS], up[TASK_FLOATS];
-    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task_rows) {
-        size_t n = t.n_pos - m0 < p->task_rows ? t.n_pos - m0 : p->task_rows, pos = t.pos0 + m0;
+    const size_t ld = p->task.cols;
+    _Alignas(64) float gate[MOE4_TASK_FLOATS], up[MOE4_TASK_FLOATS];
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task.rows) {
+        size_t n = t.n_pos - m0 < p->task.rows ? t.n_pos - m0 : p->task.rows, pos = t.pos0 + m0;
         if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
         gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
         for (size_t m = 0; m < n; m++) {
@@ -155,7 +146,7 @@ moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
     const struct moe4_glu glu = {o->activation, o->swiglu_alpha, o->swiglu_beta, o->swiglu_limit};
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->set->intermediate, g->set->hidden, 2, glu, gate_up_task);
+        run_product(c->moe->ctx, g, g->cpu->x, g->set->intermediate, g->set->hidden, 2, glu, gate_up_task);
     }
     moe4_cpu_lap(s, MOE4_STAGE_GATE_UP);
     return MOE4_OK;
@@ -166,8 +157,8 @@ static void down_task(void *arg, size_t task) {
     const struct moe4_cpu_group *g = p->g;
     struct part t = task_part(p, task);
     size_t hidden = g->set->hidden;
-    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task_rows) {
-        size_t n = t.n_pos - m0 < p->task_rows ? t.n_pos - m0 : p->task_rows, pos = t.pos0 + m0;
+    for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task.rows) {
+        size_t n = t.n_pos - m0 < p->task.rows ? t.n_pos - m0 : p->task.rows, pos = t.pos0 + m0;
         float *o = g->o + pos * hidden + t.col0;
         g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols);
         for (size_t m = 0; m < n; m++)
@@ -179,7 +170,7 @@ moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_task);
+        run_product(c->moe->ctx, g, g->cpu->h, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_task);
     }
     moe4_cpu_lap(s, MOE4_STAGE_DOWN);
     return MOE4_OK;

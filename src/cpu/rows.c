@@ -106,6 +106,20 @@ void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void 
     }
 }
 
+struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm *gemm, size_t n_rows, size_t n_matrices, size_t n_cols,
+                                     size_t k) {
+    enum { MOST_COLS = 8 * MOE4_TASK_COLS, WEIGHT_BYTES = 300 << 10, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
+    if (!gemm->pack) return (struct moe4_task_size){MOE4_TASK_COLS, MOE4_TASK_FLOATS / MOE4_TASK_COLS}; /* decodes once for all rows */
+    /* Each task starts a new stream of weights, so its columns are many, while there are tasks enough for all threads. Few rows read
+     * their weights once; for many they should stay in the second-level cache. */
+    const bool few = n_rows <= FEW_ROWS * n_matrices;
+    size_t cols = MOST_COLS;
+    while (cols > MOE4_TASK_COLS &&
+           ((!few && cols * k / 16 * 9 > WEIGHT_BYTES) || n_matrices * n_cols < TASKS_PER_THREAD * moe4_ctx_n_threads(ctx) * cols))
+        cols /= 2;
+    return (struct moe4_task_size){cols, MOE4_TASK_FLOATS / cols};
+}
+
 size_t moe4_row_tasks(const moe4_ctx *ctx) {
     return 4 * moe4_ctx_n_threads(ctx);
 }

@@ -54,6 +54,15 @@ static inline void moe4_cpu_finish_row(const struct moe4_kernels *kernels, float
     if (w->bias) kernels->add_scaled_row(y, w->bias + col0, 1.f, n_cols);
 }
 
+/* The size of a task of a product: columns of one matrix, and how many rows at a time, so that MOE4_TASK_FLOATS hold the outputs. n_rows
+ * rows meet n_matrices matrices of n_cols columns and k. */
+enum { MOE4_TASK_FLOATS = 7168 };
+struct moe4_task_size {
+    size_t cols, rows;
+};
+struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm *gemm, size_t n_rows, size_t n_matrices, size_t n_cols,
+                                     size_t k);
+
 /* moe4_pool_run, or plainly on the caller when `work` (multiply-adds, or elements times ten) would not pay for waking a worker. */
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg);
 
