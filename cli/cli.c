@@ -43,6 +43,13 @@ static const char *store(const struct cli_option *o, const char *text) {
     switch (o->kind) {
     case CLI_FLAG: *(bool *)o->to = true; return NULL;
     case CLI_TEXT: *(const char **)o->to = text; return *text ? NULL : "is empty";
+    case CLI_LIST: {
+        struct cli_list *list = o->to;
+        if (!*text) return "is empty";
+        if (list->n == CLI_MAX_LIST) return "is one too many";
+        list->items[list->n++] = text;
+        return NULL;
+    }
     case CLI_SIZE: {
         errno = 0;
         unsigned long long n = strtoull(text, &end, 10);
@@ -196,15 +203,20 @@ double cli_seconds(void) {
 void cli_progress_show(struct cli_progress *progress, uint64_t done, uint64_t total) {
     double now = cli_seconds();
     if (!isatty(STDERR_FILENO) || (progress->drawn_at != 0 && now - progress->drawn_at < 0.1)) return;
+    if (progress->started_at == 0) progress->started_at = now;
     progress->drawn_at = now;
-    double part = total ? (double)done / (double)total : 1;
+    double part = total ? (double)done / (double)total : 1, seconds = now - progress->started_at;
     int filled = (int)(40 * part);
-    char a[24], b[24];
-    fprintf(stderr, "\r%s [%.*s%*s] %3d %%, %s of %s\033[K", progress->what, filled, "########################################",
-            40 - filled, "", (int)(100 * part), cli_bytes(a, done), cli_bytes(b, total));
+    char a[24], b[24], c[24], speed[80] = "";
+    if (seconds > 0.5 && done) {
+        double rate = (double)done / seconds;
+        snprintf(speed, sizeof speed, ", %s/s, %.0f s left", cli_bytes(c, (uint64_t)rate), (double)(total - done) / rate);
+    }
+    fprintf(stderr, "\r%s [%.*s%*s] %3d %%, %s of %s%s\033[K", progress->what, filled, "########################################",
+            40 - filled, "", (int)(100 * part), cli_bytes(a, done), cli_bytes(b, total), speed);
 }
 
 void cli_progress_finish(struct cli_progress *progress) {
     if (progress->drawn_at != 0) fputs("\r\033[K", stderr);
-    progress->drawn_at = 0;
+    progress->started_at = progress->drawn_at = 0;
 }

@@ -28,6 +28,7 @@ int cmd_run(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
 int cmd_generate(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
+int cmd_quantize(int argc, char **argv);
 
 /* ---- options ---- */
 
@@ -36,8 +37,15 @@ int cmd_bench(int argc, char **argv);
 enum cli_kind {
     CLI_FLAG,  /* bool: true when given */
     CLI_TEXT,  /* const char *: not empty */
+    CLI_LIST,  /* struct cli_list: texts, not empty; the option may be given several times */
     CLI_SIZE,  /* size_t: decimal digits only, below CLI_UNSET */
     CLI_NUMBER /* double: finite, not negative */
+};
+
+enum { CLI_MAX_LIST = 64 };
+struct cli_list {
+    const char *items[CLI_MAX_LIST];
+    size_t n;
 };
 
 struct cli_option {
@@ -97,10 +105,12 @@ json_t *cli_json_text(const char *text);
 const char *cli_bytes(char text[static 24], uint64_t bytes);
 double cli_seconds(void); /* a monotonic clock */
 
-/* A bar on standard error, drawn ten times a second at most and only on a terminal. Zero it, name it, finish it. */
+/* A bar on standard error with the rate and the time left, drawn ten times a second at most and only on a terminal. Zero it, name it,
+ * finish it. */
 struct cli_progress {
     const char *what;
-    double drawn_at; /* 0: nothing drawn yet */
+    double started_at; /* 0: nothing shown yet */
+    double drawn_at;   /* 0: nothing drawn */
 };
 void cli_progress_show(struct cli_progress *progress, uint64_t done, uint64_t total);
 void cli_progress_finish(struct cli_progress *progress);

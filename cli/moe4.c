@@ -13,6 +13,7 @@ static const struct cli_command commands[] = {
     {"eval", "measure a model's bits per byte on a text", cmd_eval},
     {"generate", "continue a text with a model", cmd_generate},
     {"bench", "time a layer beside what the machine can do", cmd_bench},
+    {"quantize", "make an NVFP4 checkpoint from an unquantized one", cmd_quantize},
     {NULL, NULL, NULL},
 };
 

@@ -41,11 +41,18 @@ static void add_bias(float *y, const float *bias, size_t n_tokens, size_t n) {
         for (size_t i = 0; i < n; i++) y[t * n + i] += bias[i];
 }
 
+static moe4_status watch(struct lm_run *run, size_t layer, enum lm_point point, const float *x, size_t n_tokens) {
+    const struct lm_run_options *o = &run->options;
+    return o->watch ? o->watch(o->watch_user, run, layer, point, x, n_tokens) : MOE4_OK;
+}
+
 /* y = MLP(h): the router's choice of experts and the shared one, or the one MLP of a dense layer. */
-static moe4_status mlp(struct lm_run *run, const struct lm_layer *l, float *y, const float *h, size_t n_tokens) {
+static moe4_status mlp(struct lm_run *run, size_t layer, float *y, const float *h, size_t n_tokens) {
     struct lm *lm = run->model->lm;
+    const struct lm_layer *l = &run->model->layers[layer];
     const moe4_workspace *ws = &run->workspace;
     if (l->router) LM_TRY(lm, moe4_router_forward(l->router, run->topk_ids, run->topk_weights, h, NULL, n_tokens, ws, NULL));
+    LM_TRY(lm, watch(run, layer, LM_AT_MLP, h, n_tokens));
     LM_TRY(lm, moe4_moe_forward(l->mlp, y, h, l->router ? run->topk_ids : NULL, l->router ? run->topk_weights : NULL, n_tokens, ws, NULL));
     moe4_moe_report report = MOE4_MOE_REPORT_INIT;
     LM_TRY(lm, moe4_moe_report_read(l->mlp, &report, NULL, ws, NULL));
@@ -69,13 +76,15 @@ moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs,
     for (size_t i = 0; i < n_layers; i++) {
         const struct lm_layer *l = &model->layers[i];
         lm_add_norm_rows(lm, run->h, run->x, block, l->input_norm, eps, n_tokens, hidden);
+        LM_TRY(lm, watch(run, i, LM_AT_QKV, run->h, n_tokens));
         LM_TRY(lm, linear(run, l->qkv, (float *[]){run->q, run->k, run->v}, run->h, n_tokens));
         lm_attention_prepare(run, i, n_seqs, n_new);
         lm_attention_mix(run, i, n_seqs, n_new);
+        LM_TRY(lm, watch(run, i, LM_AT_O, run->mix, n_tokens));
         LM_TRY(lm, linear(run, l->o, &run->y, run->mix, n_tokens));
         add_bias(run->y, l->o_bias, n_tokens, hidden);
         lm_add_norm_rows(lm, run->h, run->x, run->y, l->post_norm, eps, n_tokens, hidden);
-        LM_TRY(lm, mlp(run, l, run->y, run->h, n_tokens));
+        LM_TRY(lm, mlp(run, i, run->y, run->h, n_tokens));
         block = run->y;
     }
     lm_add_norm_rows(lm, run->h, run->x, block, model->final_norm, eps, n_tokens, hidden);

@@ -115,11 +115,19 @@ void lm_kv_free(struct lm_kv *kv);
 float *lm_kv_keys(const struct lm_kv *kv, size_t layer, size_t seq, size_t head);
 float *lm_kv_values(const struct lm_kv *kv, size_t layer, size_t seq, size_t head);
 
+/* Where a run can be watched: before the products that read x [n_tokens, cols]. At LM_AT_MLP run->topk_ids has the router's choice. */
+enum lm_point { LM_AT_QKV, LM_AT_O, LM_AT_MLP };
+struct lm_run;
+typedef moe4_status (*lm_watch_fn)(void *user, const struct lm_run *run, size_t layer, enum lm_point point, const float *x,
+                                   size_t n_tokens);
+
 struct lm_run_options {
     size_t n_seqs;     /* sequences side by side */
     size_t context;    /* positions of each; 0: the model's */
     size_t max_tokens; /* tokens of one lm_forward, all sequences together */
     bool one_shot;     /* every lm_forward starts at position 0 */
+    lm_watch_fn watch; /* or NULL; an error of it ends the lm_forward */
+    void *watch_user;
 };
 
 struct lm_run {

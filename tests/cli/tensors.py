@@ -3,8 +3,8 @@ import array
 import json
 import struct
 
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8, "U8": 1}
-CODE = {"F64": "d", "F32": "f", "I32": "i", "I64": "q", "U8": "B"}
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1}
+CODE = {"F64": "d", "F32": "f", "I32": "i", "I64": "q", "U8": "B", "I8": "b", "F8_E4M3": "B"}
 
 
 def pack(dtype, values):

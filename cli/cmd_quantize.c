@@ -1,0 +1,148 @@
+/* moe4 quantize: an NVFP4 checkpoint from a folder of wide weights. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli_lm.h"
+#include "quantize/quantize.h"
+
+#define DEFAULT_SHARD_BYTES 5000000000u /* Hugging Face's 5GB */
+
+struct options {
+    const char *recipe, *calibrate, *shard_size;
+    bool four_over_six, search, resume;
+    struct cli_list exclude;
+    struct cli_common common;
+};
+
+static bool recipe_from_name(moe4_recipe *recipe, const char *name) {
+    static const struct {
+        const char *name;
+        moe4_recipe recipe;
+    } recipes[] = {{"modelopt", MOE4_RECIPE_MODELOPT},
+                   {"modelopt_static", MOE4_RECIPE_MODELOPT_STATIC},
+                   {"compressed_tensors", MOE4_RECIPE_COMPRESSED_TENSORS}};
+    for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++)
+        if (strcmp(name, recipes[i].name) == 0) {
+            *recipe = recipes[i].recipe;
+            return true;
+        }
+    return false;
+}
+
+/* "5G", "5GB", "512MiB", "100000": decimal units unless they say otherwise. */
+static bool size_from_text(uint64_t *bytes, const char *text) {
+    static const char units[] = "KMGT";
+    char *end;
+    if (!*text || strspn(text, "0123456789") == 0) return false;
+    unsigned long long n = strtoull(text, &end, 10);
+    const char *unit = *end ? strchr(units, *end) : NULL;
+    uint64_t factor = 1, step = unit && end[1] == 'i' ? 1024 : 1000;
+    for (const char *u = units; unit && u <= unit; u++) factor *= step;
+    if (unit) end += step == 1024 ? 2 : 1;
+    if (*end == 'B') end++;
+    return !*end && n && !__builtin_mul_overflow(n, factor, bytes) && *bytes <= INT64_MAX;
+}
+
+static void show_progress(void *user, const char *step, uint64_t done, uint64_t total) {
+    struct cli_progress *progress = user;
+    if (progress->what != step) cli_progress_finish(progress);
+    progress->what = step;
+    cli_progress_show(progress, done, total);
+    if (done == total) cli_progress_finish(progress);
+}
+
+static int print_json(const struct quantize_report *r, const char *out, const struct quantize_options *o) {
+    json_t *calibration = json_null();
+    if (o->calibrate)
+        calibration = json_pack("{s:I, s:I, s:I}", "tokens", (json_int_t)r->n_tokens, "expert_inputs", (json_int_t)r->n_inputs,
+                                "expert_inputs_unreached", (json_int_t)r->n_unreached);
+    return cli_print_json(json_pack("{s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:o}", "model", cli_json_text(out), "quantized",
+                                    (json_int_t)r->n_quantized, "left", (json_int_t)r->n_left, "copied", (json_int_t)r->n_copied, "shards",
+                                    (json_int_t)r->n_shards, "shards_kept", (json_int_t)r->n_shards_kept, "bytes_read",
+                                    (json_int_t)r->bytes_read, "bytes_written", (json_int_t)r->bytes_written, "seconds", r->seconds,
+                                    "calibration", calibration));
+}
+
+static int print_table(const struct quantize_report *r, const struct quantize_options *o) {
+    char text[24];
+    printf("%-18s %zu matrices\n", "quantized", r->n_quantized);
+    if (r->n_left) printf("%-18s %zu linear layers, as they were\n", "left", r->n_left);
+    printf("%-18s %zu tensors\n", "copied", r->n_copied);
+    printf("%-18s %zu", "shards", r->n_shards);
+    if (r->n_shards_kept) printf(", %zu of them complete before", r->n_shards_kept);
+    printf("\n%-18s %s\n", "read", cli_bytes(text, r->bytes_read));
+    printf("%-18s %s\n", "written", cli_bytes(text, r->bytes_written));
+    printf("%-18s %.2f, %s/s\n", "seconds", r->seconds,
+           cli_bytes(text, r->seconds > 0 ? (uint64_t)((double)(r->bytes_read + r->bytes_written) / r->seconds) : 0));
+    if (o->calibrate && r->n_tokens)
+        printf("%-18s %zu tokens; %zu of %zu experts' inputs reached by none: they have their layer's largest\n", "calibrated on",
+               r->n_tokens, r->n_unreached, r->n_inputs);
+    return CLI_FINE;
+}
+
+static int quantize(const char *const *paths, const struct quantize_options *o, const struct cli_common *common) {
+    struct cli_lm m = {.model = NULL};
+    struct quantize_report report;
+    int exit_status = cli_open_ctx(&m.lm.ctx, common);
+    if (exit_status != CLI_FINE) return exit_status;
+    struct cli_progress progress = {.what = "quantize"};
+    struct quantize_options options = *o;
+    options.progress = show_progress;
+    options.progress_user = &progress;
+    moe4_status status = quantize_run(&m.lm, &report, paths[0], paths[1], &options);
+    cli_progress_finish(&progress);
+    if (status != MOE4_OK)
+        exit_status = cli_lm_fail(&m, status, "quantize");
+    else
+        exit_status = common->json ? print_json(&report, paths[1], o) : print_table(&report, o);
+    cli_lm_close(&m);
+    return exit_status;
+}
+
+int cmd_quantize(int argc, char **argv) {
+    struct options o = {.recipe = "modelopt"};
+    const struct cli_option table[] = {
+        {"recipe", CLI_TEXT, &o.recipe, "NAME", "modelopt, modelopt_static or compressed_tensors (modelopt)"},
+        {"four-over-six", CLI_FLAG, &o.four_over_six, NULL, "map each block's largest value to 6 or to 4, whichever is closer (modelopt)"},
+        {"search", CLI_FLAG, &o.search, NULL, "try block scales for the least squared error; weighted by the inputs with --calibrate"},
+        {"calibrate", CLI_TEXT, &o.calibrate, "FILE", "run the model over this text (or token ids) to set input scales"},
+        {"exclude", CLI_LIST, &o.exclude, "PATTERN", "leave modules of this name as they are; * matches anything; may be repeated"},
+        {"max-shard-size", CLI_TEXT, &o.shard_size, "SIZE", "begin a new file past this, as 5G, 500M or 2GiB (5G)"},
+        {"resume", CLI_FLAG, &o.resume, NULL, "go on where a run that was interrupted stopped"},
+        CLI_COMMON_OPTIONS(&o.common),
+    };
+    const struct cli_usage usage = {
+        .synopsis = "IN OUT [--recipe NAME] [--four-over-six] [--search] [--calibrate FILE] [--resume] [options]",
+        .about =
+            "Quantizes the linear layers of a checkpoint folder (bf16, f16, f32 or block-scaled FP8) to NVFP4 and writes the folder OUT:\n"
+            "shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers, embeddings and\n"
+            "norms stay as they are. gate and up of an expert share a global scale.\n"
+            "Files appear under their names when they are complete; a run that was killed goes on with --resume.",
+        .options = table,
+        .n_options = sizeof table / sizeof *table,
+        .examples = "moe4 quantize GLM-4.5 GLM-4.5-NVFP4\n"
+                    "moe4 quantize GLM-4.5 GLM-4.5-NVFP4 --four-over-six --exclude '*.self_attn.*'\n"
+                    "moe4 quantize MODEL OUT --search --calibrate text.txt",
+    };
+    const char *paths[2];
+    int exit_status;
+    if (!cli_parse(argc, argv, &usage, paths, 2, &exit_status)) return exit_status;
+    struct quantize_options options = {.four_over_six = o.four_over_six,
+                                       .search = o.search,
+                                       .exclude = o.exclude.items,
+                                       .n_exclude = o.exclude.n,
+                                       .max_shard_bytes = DEFAULT_SHARD_BYTES,
+                                       .calibrate = o.calibrate,
+                                       .resume = o.resume};
+    if (!recipe_from_name(&options.recipe, o.recipe))
+        return cli_error(CLI_BAD_USAGE, "--recipe", "\"%s\" is unknown (moe4 has: modelopt, modelopt_static, compressed_tensors)",
+                         o.recipe);
+    if (o.four_over_six && options.recipe != MOE4_RECIPE_MODELOPT)
+        return cli_error(CLI_BAD_USAGE, "--four-over-six", "recipe %s lacks it, only modelopt has it", o.recipe);
+    if (o.shard_size && !size_from_text(&options.max_shard_bytes, o.shard_size))
+        return cli_error(CLI_BAD_USAGE, "--max-shard-size", "\"%s\" is not a size such as 5G, 500M or 2GiB", o.shard_size);
+    signal(SIGXFSZ, SIG_IGN); /* a file limit is an error like a full disk */
+    return quantize(paths, &options, &o.common);
+}

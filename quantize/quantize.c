@@ -1,0 +1,93 @@
+/* quantize_run is the index: plan, take the folder, calibrate, stream the shards, and only then what makes them a model. */
+#include "quantize/quantize.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "quantize/calibrate.h"
+#include "quantize/describe.h"
+#include "quantize/stream.h"
+
+static const char config_name[] = "config.json", hf_quant_name[] = "hf_quant_config.json", index_name[] = "model.safetensors.index.json";
+
+struct texts {
+    char *config, *hf_quant, *index;
+};
+
+static moe4_status describe(const struct quantize_plan *plan, struct texts *t) {
+    LM_TRY(plan->lm, quantize_describe_config(plan, &t->config));
+    LM_TRY(plan->lm, quantize_describe_hf_quant(plan, &t->hf_quant));
+    return quantize_describe_index(plan, &t->index);
+}
+
+static moe4_status write_text(const struct quantize_folder *folder, const char *name, const char *text) {
+    return text ? quantize_folder_text(folder, name, text, strlen(text)) : MOE4_OK;
+}
+
+static void count(const struct quantize_plan *plan, struct quantize_report *report) {
+    for (size_t i = 0; i < plan->n_items; i++) {
+        const struct quantize_item *item = &plan->items[i];
+        report->n_quantized += item->how == QUANTIZE_NVFP4;
+        report->n_left += item->how != QUANTIZE_NVFP4 && item->is_linear;
+        report->n_copied += item->how != QUANTIZE_NVFP4 && item->how != QUANTIZE_DROP && !item->is_linear;
+    }
+    report->n_shards = plan->n_shards;
+}
+
+/* A folder without a journal is ours only when it is, file by file, what this task ends with. */
+static moe4_status check_finished(const struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t,
+                                  struct quantize_report *report) {
+    size_t n = strlen(t->config);
+    bool same = quantize_folder_has(folder, config_name, t->config, n, n);
+    for (size_t s = 0; same && s < plan->n_shards; s++) same = quantize_shard_is_there(&plan->shards[s], folder);
+    LM_CHECK(plan->lm, same, MOE4_ERROR_ARGUMENT, "%s: not empty, and not unfinished work of moe4 quantize", folder->path);
+    report->n_shards_kept = plan->n_shards;
+    return MOE4_OK;
+}
+
+static moe4_status write_model(struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t, const char *in,
+                               struct quantize_report *report) {
+    struct lm *lm = plan->lm;
+    double start = lm_seconds();
+    uint64_t done = 0;
+    for (size_t s = 0; s < plan->n_shards; s++) LM_TRY(lm, quantize_shard_write(plan, folder, &plan->shards[s], report, &done));
+    report->seconds = lm_seconds() - start;
+    LM_TRY(lm, quantize_folder_copy(folder, in));
+    LM_TRY(lm, write_text(folder, index_name, t->index));
+    LM_TRY(lm, write_text(folder, hf_quant_name, t->hf_quant));
+    return write_text(folder, config_name, t->config);
+}
+
+static moe4_status make(struct quantize_plan *plan, struct quantize_folder *folder, const struct texts *t, const char *in,
+                        struct quantize_report *report) {
+    struct quantize_calibration *calibration = NULL;
+    if (folder->finished) return check_finished(plan, folder, t, report);
+    moe4_status status = plan->options->calibrate ? quantize_calibrate(&calibration, plan, report, in) : MOE4_OK;
+    if (status == MOE4_OK) status = write_model(plan, folder, t, in, report);
+    if (status == MOE4_OK) status = quantize_folder_finish(folder);
+    quantize_calibration_free(calibration);
+    return status;
+}
+
+moe4_status quantize_run(struct lm *lm, struct quantize_report *report, const char *in, const char *out,
+                         const struct quantize_options *options) {
+    struct quantize_plan plan;
+    struct quantize_folder folder = {.fd = -1};
+    struct texts texts = {NULL, NULL, NULL};
+    json_t *task = NULL;
+    lm->error[0] = '\0';
+    *report = (struct quantize_report){0};
+    moe4_status status = quantize_plan_make(&plan, lm, in, options);
+    if (status == MOE4_OK) status = describe(&plan, &texts);
+    if (status == MOE4_OK) status = quantize_describe_task(&plan, in, &task);
+    if (status == MOE4_OK) status = quantize_folder_open(&folder, lm, out, task, options->resume);
+    if (status == MOE4_OK) status = make(&plan, &folder, &texts, in, report);
+    if (status == MOE4_OK) count(&plan, report);
+    quantize_folder_close(&folder);
+    quantize_plan_free(&plan);
+    json_decref(task);
+    free(texts.config);
+    free(texts.hf_quant);
+    free(texts.index);
+    return status;
+}
