@@ -114,7 +114,7 @@ int cmd_quantize(int argc, char **argv) {
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {
-        .synopsis = "IN OUT [--recipe NAME] [--four-over-six] [--search] [--calibrate FILE] [--resume] [options]",
+        .synopsis = "MODEL OUT [--recipe NAME] [--four-over-six] [--search] [--calibrate FILE] [--resume] [options]",
         .about =
             "Quantizes the linear layers of a checkpoint folder (bf16, f16, f32 or block-scaled FP8) to NVFP4 and writes the folder OUT:\n"
             "shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers, embeddings and\n"
