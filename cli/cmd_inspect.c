@@ -16,14 +16,25 @@ struct inspect {
     bool has_info;
     moe4_model_info info;
     struct inspect_kinds kinds;
-    struct inspect_layer *layers; /* n_layers */
-    size_t n_layers, n_dense;
+    struct inspect_layer *layers;      /* n_layers */
+    size_t n_layers, n_dense, n_other; /* n_layers: those read */
 };
 
 /* ---- text ---- */
 
 static const char *router_name(moe4_router_kind kind) {
-    return kind == MOE4_ROUTER_SOFTMAX_TOPK ? "softmax_topk" : kind == MOE4_ROUTER_SIGMOID_BIAS ? "sigmoid_bias" : "none";
+    static const char *const names[] = {"none", "softmax_topk", "sigmoid_bias", "topk_softmax", "sqrtsoftplus_bias",
+                                        "hash", "sigmoid_top1"};
+    return (unsigned)kind < sizeof names / sizeof *names ? names[kind] : "?";
+}
+
+static const char *activation_name(moe4_activation activation) {
+    static const char *const names[] = {"swiglu", "gelu_tanh", "relu2"};
+    return (unsigned)activation < sizeof names / sizeof *names ? names[activation] : "?";
+}
+
+static const char *kind_name(moe4_layer_kind kind) {
+    return kind == MOE4_LAYER_MOE ? "moe" : kind == MOE4_LAYER_DENSE ? "dense" : "other";
 }
 
 static void print_model(const struct inspect *in) {
@@ -33,13 +44,18 @@ static void print_model(const struct inspect *in) {
     if (in->has_info) {
         printf("family        %s (%s)\n", m->family, *m->architecture ? m->architecture : "no architecture named");
         printf("quantization  %s\n", m->quantization);
-        printf("layers        %zu: %zu dense, %zu mixture of experts\n", m->n_layers, in->n_dense, m->n_layers - in->n_dense);
+        printf("layers        %zu: %zu dense, %zu mixture of experts", m->n_layers, in->n_dense, m->n_layers - in->n_dense - in->n_other);
+        if (in->n_other) printf(", %zu without either", in->n_other);
+        printf("\n");
         printf("sizes         hidden %zu, vocabulary %zu, intermediate %zu (dense) and %zu (expert)\n", m->hidden, m->vocab,
                m->intermediate, m->moe_intermediate);
         printf("experts       %zu, top %zu, %zu shared\n", m->n_experts, m->router.top_k, m->n_shared_experts);
         printf("router        %s, %s, scale %g", router_name(m->router.kind), m->router.normalize ? "normalized" : "not normalized",
                (double)m->router.scale);
         if (m->router.n_group > 1) printf(", %zu of %zu groups", m->router.topk_group, m->router.n_group);
+        if (m->n_hash_layers) printf("; by hash of the token id in the first %zu layers", m->n_hash_layers);
+        printf("\nactivation    %s", activation_name(m->activation));
+        if (m->swiglu_limit > 0) printf(", limit %g", (double)m->swiglu_limit);
         printf("\n");
     }
     printf("files         %zu, %zu tensors, %s\n", moe4_checkpoint_n_files(in->ckpt), moe4_checkpoint_n_tensors(in->ckpt),
@@ -71,11 +87,11 @@ static void print_layers(const struct inspect *in) {
         snprintf(globals, sizeof globals, "%zu of %zu", l->n_global_differ, l->n_experts);
         snprintf(inputs, sizeof inputs, "%zu of %zu", l->n_input_differ, l->n_experts);
         if (l->n_blocks)
-            printf("%-6zu %-6s %-7s %10llu %13s %9llu %6.1f%% %17s %17s %8zu %11zu\n", l->layer, l->is_moe ? "moe" : "dense", l->format,
+            printf("%-6zu %-6s %-7s %10llu %13s %9llu %6.1f%% %17s %17s %8zu %11zu\n", l->layer, kind_name(l->kind), l->format,
                    (unsigned long long)l->n_blocks, range, (unsigned long long)l->n_scale_448, percent(l->n_scale_pow2, l->n_blocks),
                    globals, inputs, l->n_input_missing, l->n_implausible);
         else
-            printf("%-6zu %-6s %-7s %10s\n", l->layer, l->is_moe ? "moe" : "dense", l->format, "-");
+            printf("%-6zu %-6s %-7s %10s\n", l->layer, kind_name(l->kind), l->format, "-");
     }
     size_t n_notes = 0;
     for (size_t i = 0; i < in->n_layers; i++)
@@ -88,13 +104,15 @@ static void print_layers(const struct inspect *in) {
 
 static json_t *model_json(const struct inspect *in) {
     const moe4_model_info *m = &in->info;
-    return json_pack("{s:s, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:b, s:f, s:I, s:I}", "family", m->family,
-                     "architecture", cli_json_text(m->architecture), "quantization", m->quantization, "n_layers", (json_int_t)m->n_layers,
-                     "n_dense_layers", (json_int_t)in->n_dense, "hidden", (json_int_t)m->hidden, "vocab", (json_int_t)m->vocab,
-                     "intermediate", (json_int_t)m->intermediate, "moe_intermediate", (json_int_t)m->moe_intermediate, "n_experts",
-                     (json_int_t)m->n_experts, "top_k", (json_int_t)m->router.top_k, "n_shared_experts", (json_int_t)m->n_shared_experts,
-                     "router", router_name(m->router.kind), "router_normalize", m->router.normalize, "router_scale",
-                     (double)m->router.scale, "n_group", (json_int_t)m->router.n_group, "topk_group", (json_int_t)m->router.topk_group);
+    return json_pack("{s:s, s:o, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:b, s:f, s:I, s:I, s:I, s:I, s:s, s:f}", "family",
+                     m->family, "architecture", cli_json_text(m->architecture), "quantization", m->quantization, "n_layers",
+                     (json_int_t)m->n_layers, "n_dense_layers", (json_int_t)in->n_dense, "hidden", (json_int_t)m->hidden, "vocab",
+                     (json_int_t)m->vocab, "intermediate", (json_int_t)m->intermediate, "moe_intermediate", (json_int_t)m->moe_intermediate,
+                     "n_experts", (json_int_t)m->n_experts, "top_k", (json_int_t)m->router.top_k, "n_shared_experts",
+                     (json_int_t)m->n_shared_experts, "router", router_name(m->router.kind), "router_normalize", m->router.normalize,
+                     "router_scale", (double)m->router.scale, "n_group", (json_int_t)m->router.n_group, "topk_group",
+                     (json_int_t)m->router.topk_group, "n_hash_layers", (json_int_t)m->n_hash_layers, "n_other_layers",
+                     (json_int_t)in->n_other, "activation", activation_name(m->activation), "swiglu_limit", (double)m->swiglu_limit);
 }
 
 static json_t *kinds_json(const struct inspect *in) {
@@ -117,10 +135,10 @@ static json_t *layers_json(const struct inspect *in) {
         for (size_t j = 0; j < l->n_notes; j++) json_array_append_new(notes, cli_json_text(l->notes[j]));
         json_array_append_new(
             list, json_pack("{s:I, s:s, s:s, s:I, s:I, s:f, s:f, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}", "layer",
-                            (json_int_t)l->layer, "kind", l->is_moe ? "moe" : "dense", "format", l->format, "n_experts",
-                            (json_int_t)l->n_experts, "n_blocks", (json_int_t)l->n_blocks, "scale_min", (double)l->scale_min, "scale_max",
-                            (double)l->scale_max, "n_scale_448", (json_int_t)l->n_scale_448, "n_scale_pow2", (json_int_t)l->n_scale_pow2,
-                            "n_scale_zero", (json_int_t)l->n_scale_zero, "n_scale_bad", (json_int_t)l->n_scale_bad, "gate_up_global_differ",
+                            (json_int_t)l->layer, "kind", kind_name(l->kind), "format", l->format, "n_experts", (json_int_t)l->n_experts,
+                            "n_blocks", (json_int_t)l->n_blocks, "scale_min", (double)l->scale_min, "scale_max", (double)l->scale_max,
+                            "n_scale_448", (json_int_t)l->n_scale_448, "n_scale_pow2", (json_int_t)l->n_scale_pow2, "n_scale_zero",
+                            (json_int_t)l->n_scale_zero, "n_scale_bad", (json_int_t)l->n_scale_bad, "gate_up_global_differ",
                             (json_int_t)l->n_global_differ, "gate_up_input_differ", (json_int_t)l->n_input_differ, "input_scale_missing",
                             (json_int_t)l->n_input_missing, "input_scale_implausible", (json_int_t)l->n_implausible, "implausible", notes));
     }
@@ -147,13 +165,20 @@ static int read_layers(struct inspect *in) {
         return cli_error(CLI_BAD_USAGE, "--layer", "%zu, and %s has %zu layers, counted from 0", first, in->model, in->info.n_layers);
     for (size_t l = 0; l < in->info.n_layers; l++) {
         moe4_layer_kind kind;
-        if (moe4_checkpoint_layer_kind(in->ckpt, &kind, l) == MOE4_OK) in->n_dense += kind == MOE4_LAYER_DENSE;
+        if (moe4_checkpoint_layer_kind(in->ckpt, &kind, l) != MOE4_OK) continue;
+        in->n_dense += kind == MOE4_LAYER_DENSE;
+        in->n_other += kind == MOE4_LAYER_OTHER;
     }
     in->layers = calloc(end - first, sizeof *in->layers);
     if (!in->layers) return cli_error(CLI_BAD_DATA, "inspect", "out of memory");
     for (size_t l = first; l < end; l++) {
         cli_progress_show(&progress, l - first, end - first);
         moe4_status status = inspect_layer_read(&in->layers[in->n_layers++], in->ctx, in->ckpt, &in->info, l);
+        if (status == MOE4_ERROR_UNSUPPORTED) { /* what there is is shown, then this said */
+            inspect_layer_free(&in->layers[--in->n_layers]);
+            in->info_status = status;
+            break;
+        }
         if (status != MOE4_OK) {
             cli_progress_finish(&progress);
             return cli_fail(in->ctx, status, in->model);

@@ -9,7 +9,7 @@
 #include "tensorfile.h"
 
 struct args {
-    const char *model, *input, *routing, *output, *check;
+    const char *model, *input, *routing, *token_ids, *output, *check;
     size_t layer, repeat;
     moe4_act act;
     moe4_dtype output_dtype;
@@ -33,7 +33,9 @@ struct run {
     moe4_model_info info;
     moe4_layer_kind kind;
     moe4_act act;
+    bool by_token_id;                                 /* the layer's experts are named by a table of token ids */
     struct cli_matrix x, ids, weights, y, wanted;     /* no ids and weights in a dense layer */
+    struct cli_matrix token_ids;                      /* I32 [T,1]; for layers by_token_id */
     struct cli_mirror on_x, on_ids, on_weights, on_y; /* where the layer runs */
     moe4_moe_report report;
     uint64_t least_tokens, most_tokens; /* of an expert that was hit */
@@ -52,6 +54,8 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"layer", CLI_SIZE, &a->layer, "L", "the layer, counted from 0"},
         {"input", CLI_TEXT, &a->input, "FILE[:TENSOR]", "activations [T,H], BF16, F16 or F32 (tensor x)"},
         {"routing", CLI_TEXT, &a->routing, "FILE", "topk_idx (I32 or I64) and topk_weight (F32), [T,k], instead of the layer's router"},
+        {"token-ids", CLI_TEXT, &a->token_ids, "FILE",
+         "FILE or FILE:TENSOR, I32 or I64 [T] (tensor token_ids), for layers that route by token id"},
         {"act", CLI_TEXT, &act, "MODE", "w4a16, static, tensor or token (default for NVFP4); bf16 (for unquantized)"},
         {"shared", CLI_FLAG, &a->shared, NULL, "add the shared expert"},
         {"output", CLI_TEXT, &a->output, "FILE", "write y, and topk_idx and topk_weight as routed"},
@@ -102,6 +106,15 @@ static int open_model(struct run *r) {
     if (status != MOE4_OK) return cli_fail(r->ctx, status, a->model);
     if (r->kind == MOE4_LAYER_DENSE && (a->routing || a->shared))
         return cli_error(CLI_BAD_USAGE, a->routing ? "--routing" : "--shared", "layer %zu is dense: it has no experts", a->layer);
+    if (r->kind == MOE4_LAYER_OTHER)
+        return cli_error(CLI_BAD_USAGE, "--layer", "%zu of %s has no feed-forward part (it is neither dense nor of experts)", a->layer,
+                         a->model);
+    r->by_token_id = a->layer < r->info.n_hash_layers;
+    if (a->token_ids && (a->routing || !r->by_token_id))
+        return cli_error(CLI_BAD_USAGE, "--token-ids", a->routing ? "does not go with --routing" : "layer %zu routes without them",
+                         a->layer);
+    if (r->by_token_id && !a->token_ids && !a->routing)
+        return cli_error(CLI_BAD_USAGE, "run", "layer %zu routes by token id: --token-ids or --routing is missing", a->layer);
     if (a->shared && r->info.n_shared_experts == 0) return cli_error(CLI_BAD_USAGE, "--shared", "%s has no shared expert", a->model);
     return CLI_FINE;
 }
@@ -114,6 +127,39 @@ static int read_input(struct run *r) {
     if (exit_status == CLI_FINE && r->x.cols != r->info.hidden)
         exit_status = cli_error(CLI_BAD_DATA, file, "%s: is [%zu, %zu], need [T, %zu] for %s", tensor, r->x.rows, r->x.cols, r->info.hidden,
                                 r->args->model);
+    free(file);
+    return exit_status;
+}
+
+/* As the router takes them: int32. */
+static int narrow_ids(struct cli_matrix *ids, const char *file) {
+    int32_t *narrow = calloc(ids->rows + 1, sizeof *narrow);
+    if (!narrow) return cli_error(CLI_BAD_DATA, file, "out of memory (%zu token ids)", ids->rows);
+    for (size_t t = 0; t < ids->rows; t++) {
+        int64_t id = ids->dtype == MOE4_I64 ? ((const int64_t *)ids->data)[t] : ((const int32_t *)ids->data)[t];
+        if (id < 0 || id > INT32_MAX) {
+            free(narrow);
+            return cli_error(CLI_BAD_DATA, file, "token %zu: id %lld", t, (long long)id);
+        }
+        narrow[t] = (int32_t)id;
+    }
+    cli_matrix_free(ids);
+    ids->data = narrow;
+    ids->dtype = MOE4_I32;
+    return CLI_FINE;
+}
+
+static int read_token_ids(struct run *r) {
+    static const moe4_dtype id_dtypes[] = {MOE4_I32, MOE4_I64};
+    if (!r->args->token_ids) return CLI_FINE;
+    char *file;
+    const char *tensor;
+    int exit_status = cli_split_spec(&file, &tensor, r->args->token_ids, "token_ids");
+    if (exit_status == CLI_FINE) exit_status = cli_vector_read(&r->token_ids, r->ctx, file, tensor, id_dtypes, 2);
+    if (exit_status == CLI_FINE && r->token_ids.rows != r->x.rows)
+        exit_status =
+            cli_error(CLI_BAD_DATA, file, "%s: has %zu token ids, and the input %zu tokens", tensor, r->token_ids.rows, r->x.rows);
+    if (exit_status == CLI_FINE) exit_status = narrow_ids(&r->token_ids, file);
     free(file);
     return exit_status;
 }
@@ -170,6 +216,8 @@ static int route(struct run *r) {
     options.x_dtype = r->x.dtype;
     size_t bytes = 0, k = r->info.router.top_k;
     moe4_workspace workspace = {NULL, 0};
+    moe4_router_tokens tokens = MOE4_ROUTER_TOKENS_INIT;
+    tokens.token_ids = r->token_ids.data;
     moe4_status status = moe4_router_create_from_checkpoint(&r->router, r->ctx, r->ckpt, a->layer, &options);
     if (status == MOE4_OK) status = moe4_router_workspace_bytes(r->router, &bytes, r->x.rows);
     if (status != MOE4_OK) return cli_fail(r->ctx, status, a->model);
@@ -179,7 +227,7 @@ static int route(struct run *r) {
     if (exit_status == CLI_FINE) exit_status = open_mirrors(r);
     if (exit_status == CLI_FINE) {
         double start = cli_seconds();
-        status = moe4_router_forward(r->router, r->on_ids.data, r->on_weights.data, r->on_x.data, NULL, r->x.rows, &workspace, NULL);
+        status = moe4_router_forward(r->router, r->on_ids.data, r->on_weights.data, r->on_x.data, &tokens, r->x.rows, &workspace, NULL);
         exit_status = status == MOE4_OK ? cli_mirror_read(&r->on_ids, r->ctx) : cli_fail(r->ctx, status, a->model);
         r->route_seconds = cli_seconds() - start;
         if (exit_status == CLI_FINE) exit_status = cli_mirror_read(&r->on_weights, r->ctx);
@@ -361,7 +409,7 @@ static void release(struct run *r) {
     struct cli_mirror *const mirrors[] = {&r->on_x, &r->on_ids, &r->on_weights, &r->on_y};
     for (size_t i = 0; i < sizeof mirrors / sizeof *mirrors; i++) cli_mirror_close(mirrors[i], r->ctx);
     moe4_ctx_destroy(r->ctx);
-    struct cli_matrix *const all[] = {&r->x, &r->ids, &r->weights, &r->y, &r->wanted};
+    struct cli_matrix *const all[] = {&r->x, &r->ids, &r->weights, &r->y, &r->wanted, &r->token_ids};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) cli_matrix_free(all[i]);
 }
 
@@ -370,7 +418,7 @@ int cmd_run(int argc, char **argv) {
     struct run r = {.args = &args, .info = MOE4_MODEL_INFO_INIT};
     int exit_status;
     if (!read_args(&args, argc, argv, &exit_status)) return exit_status;
-    static int (*const steps[])(struct run *) = {open_model, read_input, read_wanted, route, load_layer, forward};
+    static int (*const steps[])(struct run *) = {open_model, read_input, read_token_ids, read_wanted, route, load_layer, forward};
     exit_status = cli_open_ctx(&r.ctx, &args.common);
     for (size_t i = 0; exit_status == CLI_FINE && i < sizeof steps / sizeof *steps; i++) exit_status = steps[i](&r);
     if (exit_status == CLI_FINE) exit_status = write_output(&r);

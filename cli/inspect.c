@@ -165,7 +165,7 @@ static void note(struct inspect_layer *l, size_t expert, int proj, float x, floa
     if (!notes) return;
     l->notes = notes;
     int n = snprintf(text, sizeof text, "layer %zu", l->layer);
-    if (l->is_moe) n += snprintf(text + n, sizeof text - (size_t)n, " expert %zu", expert);
+    if (l->kind == MOE4_LAYER_MOE) n += snprintf(text + n, sizeof text - (size_t)n, " expert %zu", expert);
     n += snprintf(text + n, sizeof text - (size_t)n, " %s_proj.input_scale %.4g", proj_names[proj], (double)x);
     if (median > 0) snprintf(text + n, sizeof text - (size_t)n, ", %.2f of the median", (double)(x / median));
     notes[l->n_notes] = strdup(text);
@@ -185,11 +185,18 @@ static void judge_inputs(struct inspect_layer *l, float *const inputs[3]) {
     }
 }
 
-static moe4_status read_experts(struct inspect_layer *l, moe4_ctx *ctx, const moe4_checkpoint *ckpt, float *const inputs[3]) {
+/* Experts without a gate begin at up. */
+static int first_proj(const moe4_model_info *info) {
+    return info->activation == MOE4_RELU2 ? MOE4_UP : MOE4_GATE;
+}
+
+static moe4_status read_experts(struct inspect_layer *l, moe4_ctx *ctx, const moe4_checkpoint *ckpt, const moe4_model_info *info,
+                                float *const inputs[3]) {
     for (size_t e = 0; e < l->n_experts; e++) {
-        moe4_weight w[3];
-        for (int p = 0; p < 3; p++) {
-            moe4_status status = moe4_checkpoint_expert(ckpt, &w[p], l->layer, l->is_moe ? (int64_t)e : MOE4_EXPERT_DENSE, (moe4_proj)p);
+        moe4_weight w[3] = {{0}};
+        for (int p = first_proj(info); p < 3; p++) {
+            moe4_status status =
+                moe4_checkpoint_expert(ckpt, &w[p], l->layer, l->kind == MOE4_LAYER_MOE ? (int64_t)e : MOE4_EXPERT_DENSE, (moe4_proj)p);
             if (status == MOE4_OK) status = add_stats(l, ctx, &w[p]);
             if (status != MOE4_OK) return status;
             inputs[p][e] = w[p].input_scale;
@@ -204,19 +211,25 @@ static moe4_status read_experts(struct inspect_layer *l, moe4_ctx *ctx, const mo
 
 moe4_status inspect_layer_read(struct inspect_layer *layer, moe4_ctx *ctx, const moe4_checkpoint *ckpt, const moe4_model_info *info,
                                size_t number) {
-    moe4_layer_kind kind;
-    moe4_status status = moe4_checkpoint_layer_kind(ckpt, &kind, number);
-    *layer = (struct inspect_layer){.layer = number, .is_moe = kind == MOE4_LAYER_MOE};
-    if (status != MOE4_OK) return status;
-    layer->n_experts = layer->is_moe ? info->n_experts : 1;
+    *layer = (struct inspect_layer){.layer = number, .format = "-"};
+    moe4_status status = moe4_checkpoint_layer_kind(ckpt, &layer->kind, number);
+    if (status != MOE4_OK || layer->kind == MOE4_LAYER_OTHER) return status;
+    bool is_moe = layer->kind == MOE4_LAYER_MOE;
+    layer->format = NULL;
+    layer->n_experts = is_moe ? info->n_experts : 1;
     float *all = calloc(3 * layer->n_experts, sizeof *all);
     if (!all) return MOE4_ERROR_MEMORY;
     float *const inputs[3] = {all, all + layer->n_experts, all + 2 * layer->n_experts};
-    status = read_experts(layer, ctx, ckpt, inputs);
-    for (int p = 0; p < 3 && status == MOE4_OK && layer->is_moe && info->n_shared_experts; p++) {
+    status = read_experts(layer, ctx, ckpt, info, inputs);
+    for (int p = first_proj(info); p < 3 && status == MOE4_OK && is_moe && info->n_shared_experts; p++) {
         moe4_weight w;
         status = moe4_checkpoint_expert(ckpt, &w, number, MOE4_EXPERT_SHARED, (moe4_proj)p);
-        if (status == MOE4_OK) status = add_stats(layer, ctx, &w);
+        if (status == MOE4_OK) {
+            status = add_stats(layer, ctx, &w);
+        } else if (status == MOE4_ERROR_UNSUPPORTED) { /* the others run without it */
+            layer->format = "mixed";
+            status = MOE4_OK;
+        }
     }
     if (status == MOE4_OK) judge_inputs(layer, inputs);
     free(all);

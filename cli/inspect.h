@@ -26,8 +26,8 @@ void inspect_kinds_free(struct inspect_kinds *kinds);
 
 struct inspect_layer {
     size_t layer, n_experts; /* a dense layer is one expert */
-    bool is_moe;
-    const char *format; /* of its experts: "NVFP4", "BF16", …, or "mixed" */
+    moe4_layer_kind kind;
+    const char *format; /* of its experts: "NVFP4", "BF16", …, "mixed", or "-" where there are none */
     /* Over the block scales of all its experts, the shared one included: */
     uint64_t n_blocks, n_scale_448, n_scale_pow2, n_scale_zero, n_scale_bad;
     float scale_min, scale_max;

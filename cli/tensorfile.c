@@ -31,7 +31,8 @@ static int no_such_tensor(const moe4_checkpoint *ckpt, const char *file, const c
     return cli_error(CLI_BAD_DATA, file, "no tensor \"%s\" (it has: %s)", name, has);
 }
 
-static int copy_matrix(struct cli_matrix *matrix, const char *file, const moe4_tensor *t, const moe4_dtype *dtypes, size_t n_dtypes) {
+static int copy_tensor(struct cli_matrix *matrix, const char *file, const moe4_tensor *t, size_t n_dims, const moe4_dtype *dtypes,
+                       size_t n_dtypes) {
     size_t i = 0;
     while (i < n_dtypes && dtypes[i] != t->dtype) i++;
     if (i == n_dtypes) {
@@ -40,26 +41,36 @@ static int copy_matrix(struct cli_matrix *matrix, const char *file, const moe4_t
             snprintf(wanted + strlen(wanted), sizeof wanted - strlen(wanted), "%s%s", i ? " or " : "", moe4_dtype_name(dtypes[i]));
         return cli_error(CLI_BAD_DATA, file, "%s: is %s, need %s", t->name, moe4_dtype_name(t->dtype), wanted);
     }
-    if (t->n_dims != 2) return cli_error(CLI_BAD_DATA, file, "%s: has %zu dimensions, need 2", t->name, t->n_dims);
+    if (t->n_dims != n_dims) return cli_error(CLI_BAD_DATA, file, "%s: has %zu dimensions, need %zu", t->name, t->n_dims, n_dims);
     void *data = malloc(t->bytes ? t->bytes : 1);
     if (!data) return cli_error(CLI_BAD_DATA, file, "%s: out of memory (%zu bytes)", t->name, t->bytes);
     if (t->bytes) memcpy(data, t->data, t->bytes); /* also puts it at the alignment that the library wants */
-    *matrix = (struct cli_matrix){t->dtype, t->shape[0], t->shape[1], data};
+    *matrix = (struct cli_matrix){t->dtype, t->shape[0], n_dims == 2 ? t->shape[1] : 1, data};
     return CLI_FINE;
 }
 
-int cli_matrix_read(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, const moe4_dtype *dtypes,
-                    size_t n_dtypes) {
+static int read_tensor(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, size_t n_dims,
+                       const moe4_dtype *dtypes, size_t n_dtypes) {
     moe4_checkpoint *ckpt;
     moe4_status status = moe4_checkpoint_open(&ckpt, ctx, file);
     if (status != MOE4_OK) return cli_fail(ctx, status, file);
     moe4_tensor t;
     status = moe4_checkpoint_find(ckpt, &t, name);
-    int exit_status = status == MOE4_OK                ? copy_matrix(matrix, file, &t, dtypes, n_dtypes)
+    int exit_status = status == MOE4_OK                ? copy_tensor(matrix, file, &t, n_dims, dtypes, n_dtypes)
                       : status == MOE4_ERROR_NOT_FOUND ? no_such_tensor(ckpt, file, name)
                                                        : cli_fail(ctx, status, file);
     moe4_checkpoint_close(ckpt);
     return exit_status;
+}
+
+int cli_matrix_read(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, const moe4_dtype *dtypes,
+                    size_t n_dtypes) {
+    return read_tensor(matrix, ctx, file, name, 2, dtypes, n_dtypes);
+}
+
+int cli_vector_read(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, const moe4_dtype *dtypes,
+                    size_t n_dtypes) {
+    return read_tensor(matrix, ctx, file, name, 1, dtypes, n_dtypes);
 }
 
 void cli_matrix_free(struct cli_matrix *matrix) {

@@ -18,6 +18,9 @@ int cli_split_spec(char **file_ret, const char **tensor_ret, const char *spec, c
 /* Copies tensor `name` of `file`: two dimensions, its dtype one of dtypes[n_dtypes]. */
 int cli_matrix_read(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, const moe4_dtype *dtypes,
                     size_t n_dtypes);
+/* The same for a tensor of one dimension: rows of one column. */
+int cli_vector_read(struct cli_matrix *matrix, moe4_ctx *ctx, const char *file, const char *name, const moe4_dtype *dtypes,
+                    size_t n_dtypes);
 void cli_matrix_free(struct cli_matrix *matrix);
 /* Element i of data in row-major order; F64, F32, F16 or BF16. */
 double cli_matrix_get(const struct cli_matrix *matrix, size_t i);

@@ -73,6 +73,7 @@ static void use(moe4_checkpoint *ckpt) {
         small = info.n_layers * info.n_experts < 2000; /* else verify has too much to miss for a fuzzer */
         for (size_t layer = 0; layer <= info.n_layers && layer < 4; layer++) {
             moe4_checkpoint_router(ckpt, &w, &bias, layer);
+            moe4_checkpoint_hash_table(ckpt, &t, layer);
             for (int64_t e = MOE4_EXPERT_DENSE; e < 3; e++)
                 for (int p = 0; p < 3; p++) moe4_checkpoint_expert(ckpt, &w, layer, e, (moe4_proj)p);
         }

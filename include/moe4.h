@@ -322,6 +322,13 @@ MOE4_API moe4_status moe4_checkpoint_find(const moe4_checkpoint *ckpt, moe4_tens
 /* config.json as it stands, bytes_ret (or NULL) its length; "" for a single file. */
 MOE4_API const char *moe4_checkpoint_config(const moe4_checkpoint *ckpt, size_t *bytes_ret);
 
+/* What stands between gate/up and down; the exact formulas are in docs/numerics.md. */
+typedef enum moe4_activation {
+    MOE4_SWIGLU = 0, /* g = min(g, L), u = clamp(u, -L, L); g * sigmoid(alpha * g) * (u + beta). gpt-oss: alpha 1.702, beta 1, L 7 */
+    MOE4_GELU_TANH,  /* GELU(g) by tanh, times u */
+    MOE4_RELU2       /* max(u, 0)^2; there is no gate */
+} moe4_activation;
+
 /* How logits l become experts and weights; b is the bias, which chooses and (but for TOPK_SOFTMAX) never weighs. Ties: the lower index.
  * With `normalize` the chosen weights are divided by their sum; then all are multiplied by `scale`. */
 typedef enum moe4_router_kind {
@@ -344,7 +351,7 @@ typedef struct moe4_router_options {
     float scale;                /* routed_scaling_factor, applied once, in the weights; 0 means 1 */
     float gate_temp;            /* SQRTSOFTPLUS_BIAS, HASH; 0 means 1 */
     const float *alt_bias;      /* [n_experts], copied: a second bias, for the tokens that forward names (images); or NULL */
-    const void *table;          /* HASH: [n_token_ids, top_k] experts of each token id, borrowed */
+    const void *table;          /* HASH: [n_token_ids, top_k] experts of each token id, borrowed; no alignment is needed */
     moe4_dtype table_dtype;     /* I32 or I64 */
     size_t n_token_ids;
     moe4_dtype x_dtype; /* of forward's x: F32, BF16 or F16 */
@@ -361,33 +368,44 @@ typedef struct moe4_model_info {
     size_t n_layers, hidden, vocab;
     size_t intermediate; /* of the dense layers; 0 when there are none */
     size_t n_experts, moe_intermediate, n_shared_experts;
-    moe4_router_options router; /* hidden, n_experts, top_k, … filled in */
+    moe4_router_options router; /* hidden, n_experts, top_k, … filled in; the kind of layers that do not choose by hash */
     float swiglu_limit;         /* 0: none */
+    size_t n_hash_layers;       /* the first layers, whose experts a table of token ids names */
+    moe4_activation activation;
 } moe4_model_info;
 #define MOE4_MODEL_INFO_INIT \
-    { sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f }
+    { sizeof(moe4_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, MOE4_ROUTER_OPTIONS_INIT, 0.f, 0, MOE4_SWIGLU }
 
 /* What config.json says, checked. Errors: UNSUPPORTED ("… (found …)"), FORMAT, NOT_FOUND (no config.json), ARGUMENT. */
 MOE4_API moe4_status moe4_checkpoint_info(const moe4_checkpoint *ckpt, moe4_model_info *info_ret);
 
-typedef enum moe4_layer_kind { MOE4_LAYER_DENSE = 0, MOE4_LAYER_MOE = 1 } moe4_layer_kind;
+typedef enum moe4_layer_kind {
+    MOE4_LAYER_DENSE = 0,
+    MOE4_LAYER_MOE = 1,
+    MOE4_LAYER_OTHER = 2 /* no feed-forward part at all: a Mamba or attention layer of Nemotron */
+} moe4_layer_kind;
 typedef enum moe4_proj { MOE4_GATE = 0, MOE4_UP = 1, MOE4_DOWN = 2 } moe4_proj;
 /* Expert numbers of moe4_checkpoint_expert that are not routed experts. */
 #define MOE4_EXPERT_SHARED (-1)
 #define MOE4_EXPERT_DENSE (-2) /* the one MLP of a dense layer */
 
-/* DENSE or MOE, as config.json says of that layer. Errors: ARGUMENT (no such layer), UNSUPPORTED. */
+/* What config.json says of that layer. Errors: ARGUMENT (no such layer), UNSUPPORTED. */
 MOE4_API moe4_status moe4_checkpoint_layer_kind(const moe4_checkpoint *ckpt, moe4_layer_kind *kind_ret, size_t layer);
 /* The matrix of a module by name ("model.layers.0.self_attn.q_proj"): its format from its tensors' suffixes and its companions checked
  * (dtype, shape, globals positive and finite; block scales are checked by verify). Points into the mapped file.
  * Errors: NOT_FOUND, FORMAT (both or neither of two formats' companions, a wrong shape: both shapes), UNSUPPORTED. */
 MOE4_API moe4_status moe4_checkpoint_weight(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, const char *module);
-/* The same for an expert's projection, shapes checked against config.json. */
+/* The same for an expert's projection, shapes checked against config.json. Experts with a bias are UNSUPPORTED; MOE4_RELU2 experts have
+ * no gate: ARGUMENT. */
 MOE4_API moe4_status moe4_checkpoint_expert(const moe4_checkpoint *ckpt, moe4_weight *weight_ret, size_t layer, int64_t expert,
                                             moe4_proj proj);
 /* The router of a layer: gate [E,H]; and its bias [E] as stored, F32 (or BF16 or F16, where an export has cut it), data NULL where the
  * family has none. Either may be NULL. Errors: ARGUMENT (a dense layer), NOT_FOUND, FORMAT, UNSUPPORTED. */
 MOE4_API moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer);
+
+/* The table of a layer whose experts are chosen by token id: [vocab, top_k] I32 or I64; such a layer's router has no bias. data NULL for
+ * any other layer. Errors: as moe4_checkpoint_router. */
+MOE4_API moe4_status moe4_checkpoint_hash_table(const moe4_checkpoint *ckpt, moe4_tensor *table_ret, size_t layer);
 
 /* Called for every problem: the tensor or file concerned, and a sentence. */
 typedef void (*moe4_problem_fn)(void *user, const char *name, const char *problem);
@@ -408,7 +426,8 @@ typedef struct moe4_router moe4_router;
  * twice or out of range), MEMORY. */
 MOE4_API moe4_status moe4_router_create(moe4_router **router_ret, moe4_ctx *ctx, const moe4_weight *gate, const float *bias,
                                         const moe4_router_options *options);
-/* The router of a layer, kind and numbers from config.json; options (or NULL) gives x_dtype and x_ld. Borrows ckpt. */
+/* The router of a layer, kind, numbers and hash table from the checkpoint; options (or NULL) gives x_dtype, x_ld and alt_bias. Borrows
+ * ckpt. */
 MOE4_API moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
                                                         const moe4_router_options *options);
 MOE4_API void moe4_router_destroy(moe4_router *router);
@@ -435,13 +454,6 @@ MOE4_API moe4_status moe4_router_select(const moe4_router *router, int32_t *topk
 /* ---- mixture-of-experts layer --------------------------------------------------------------------------------------------------- */
 
 typedef struct moe4_moe moe4_moe;
-
-/* What stands between gate/up and down; the exact formulas are in docs/numerics.md. */
-typedef enum moe4_activation {
-    MOE4_SWIGLU = 0, /* g = min(g, L), u = clamp(u, -L, L); g * sigmoid(alpha * g) * (u + beta). gpt-oss: alpha 1.702, beta 1, L 7 */
-    MOE4_GELU_TANH,  /* GELU(g) by tanh, times u */
-    MOE4_RELU2       /* max(u, 0)^2; there is no gate */
-} moe4_activation;
 
 /* Where a slot's routing weight is applied, once. */
 typedef enum moe4_weighting {
@@ -484,8 +496,8 @@ typedef struct moe4_moe_options {
 /* A layer from n_local experts' pointers; the struct array is copied, the weights it points to stay borrowed until destroy.
  * Errors: ARGUMENT (the expert and both numbers), MEMORY. */
 MOE4_API moe4_status moe4_moe_create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_expert *experts, const moe4_moe_options *options);
-/* A layer of a checkpoint; sizes, top_k and the limit come from config.json where options leaves 0. A dense layer is one expert with
- * top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create. */
+/* A layer of a checkpoint; the activation is the family's, sizes, top_k and the limit come from config.json where options leaves 0. A dense
+ * layer is one expert with top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create. */
 MOE4_API moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
                                                      const moe4_moe_options *options);
 MOE4_API void moe4_moe_destroy(moe4_moe *moe);

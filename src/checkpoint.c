@@ -133,6 +133,19 @@ static moe4_status check_index(moe4_checkpoint *ckpt, const struct moe4_folder *
 
 /* ---- open and close ---- */
 
+/* The family's first place where layers stand. */
+static void find_place(moe4_checkpoint *ckpt) {
+    const struct moe4_family *f = ckpt->config.family;
+    for (const struct moe4_place *p = f ? f->places : NULL; p && p->root; p++) {
+        char prefix[64];
+        int length = snprintf(prefix, sizeof prefix, "%slayers.", p->root);
+        size_t i = moe4_checkpoint_seek(ckpt, prefix);
+        if (i == ckpt->n_tensors || strncmp(ckpt->by_name[i]->name, prefix, (size_t)length) != 0) continue;
+        ckpt->config.place = p;
+        return;
+    }
+}
+
 static moe4_status read_config(moe4_checkpoint *ckpt) {
     const moe4_ctx *ctx = ckpt->ctx;
     struct moe4_map map;
@@ -165,6 +178,7 @@ static moe4_status open_folder(moe4_checkpoint *ckpt) {
     if (status == MOE4_OK) status = sort_names(ckpt);
     if (status == MOE4_OK && folder.weight_map) status = check_index(ckpt, &folder);
     moe4_folder_free(ckpt->ctx, &folder);
+    if (status == MOE4_OK) find_place(ckpt);
     return status;
 }
 

@@ -105,9 +105,13 @@ static moe4_status read_architecture(const moe4_ctx *ctx, const struct reader *r
 
 static void read_family(const struct reader *r) {
     struct moe4_config *c = r->config;
-    const char *model_type = read_text(r, "model_type");
+    const char *model_type = read_text(r, "model_type"), *why = model_type ? moe4_family_refused(model_type) : NULL;
     c->family = model_type ? moe4_family_find(model_type) : NULL;
-    if (c->family) return;
+    if (c->family) {
+        c->place = c->family->places;
+        return;
+    }
+    if (why) wrong(r, MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"%s\": %s", model_type, why);
     char known[128] = "";
     for (size_t i = 0, at = 0; i < moe4_n_families && at < sizeof known; i++)
         at += (size_t)snprintf(known + at, sizeof known - at, "%s%s", i ? ", " : "", moe4_families[i].name);
@@ -117,32 +121,11 @@ static void read_family(const struct reader *r) {
 
 enum { MAX_SIZE = 1 << 24, MAX_LAYERS = 10000, MAX_EXPERTS = 65536, MAX_ALL_EXPERTS = 1 << 20 };
 
-static void read_moe(const struct reader *r) {
-    struct moe4_config *c = r->config;
-    const struct moe4_family *f = c->family;
-    size_t *dim = c->dim;
-    const char *newer = "num_local_experts"; /* what transformers 5 calls every family's number when it writes one */
-    const char *key = !value_of(r, f->key_n_experts) && value_of(r, newer) ? newer : f->key_n_experts;
-    size_t n_experts = dim[MOE4_DIM_N_EXPERTS] = read_size(r, key, 1, MAX_EXPERTS, REQUIRED);
-    size_t again = read_size(r, newer, 1, MAX_EXPERTS, (long long)n_experts);
-    if (again != n_experts) wrong(r, MOE4_ERROR_FORMAT, "config.json: %s is %zu, but %s is %zu", key, n_experts, newer, again);
-    size_t k = dim[MOE4_DIM_TOP_K] = read_size(r, "num_experts_per_tok", 1, n_experts, REQUIRED);
-    dim[MOE4_DIM_EXPERT] = read_size(r, "moe_intermediate_size", 1, MAX_SIZE, REQUIRED);
-    if (f->shared) dim[MOE4_DIM_N_SHARED] = read_size(r, "n_shared_experts", 0, 64, 0);
-    dim[MOE4_DIM_SHARED] = dim[MOE4_DIM_EXPERT] * dim[MOE4_DIM_N_SHARED];
-    c->normalize = read_bool(r, "norm_topk_prob", REQUIRED);
-    c->swiglu_limit = read_float(r, "swiglu_limit", 0.f);
-    need_text(r, "hidden_act", "silu");
-    c->routed_scale = 1.f;
-    if (f->router_kind != MOE4_ROUTER_SIGMOID_BIAS) return;
-
-    need_text(r, "scoring_func", "sigmoid");
-    need_text(r, "topk_method", "noaux_tc");
-    c->routed_scale = read_float(r, "routed_scaling_factor", 1.f);
-    if (c->routed_scale == 0) wrong(r, MOE4_ERROR_FORMAT, "config.json: routed_scaling_factor is 0");
-    size_t groups = dim[MOE4_DIM_N_GROUP] = read_size(r, "n_group", 1, n_experts, 1);
-    size_t chosen = dim[MOE4_DIM_TOPK_GROUP] = read_size(r, "topk_group", 1, groups, 1);
-    if (c->status != MOE4_OK || groups == 1) return;
+/* Of a router that limits its choice to some groups of experts. */
+static void read_groups(const struct reader *r, size_t n_experts, size_t k) {
+    size_t groups = r->config->dim[MOE4_DIM_N_GROUP] = read_size(r, "n_group", 1, n_experts, 1);
+    size_t chosen = r->config->dim[MOE4_DIM_TOPK_GROUP] = read_size(r, "topk_group", 1, groups, 1);
+    if (r->config->status != MOE4_OK || groups == 1) return;
     if (n_experts % groups)
         wrong(r, MOE4_ERROR_FORMAT, "config.json: %zu experts cannot be split into n_group %zu", n_experts, groups);
     else if (n_experts / groups < 2)
@@ -153,25 +136,98 @@ static void read_moe(const struct reader *r) {
               chosen, chosen * (n_experts / groups));
 }
 
+static void read_router(const struct reader *r) {
+    struct moe4_config *c = r->config;
+    moe4_router_kind kind = c->family->router_kind;
+    c->normalize = read_bool(r, "norm_topk_prob", c->family->normalizes ? true : REQUIRED);
+    c->routed_scale = c->gate_temp = 1.f;
+    if (kind != MOE4_ROUTER_SIGMOID_BIAS && kind != MOE4_ROUTER_SQRTSOFTPLUS_BIAS) return;
+    need_text(r, "scoring_func", kind == MOE4_ROUTER_SIGMOID_BIAS ? "sigmoid" : "sqrtsoftplus");
+    need_text(r, "topk_method", "noaux_tc");
+    c->routed_scale = read_float(r, "routed_scaling_factor", 1.f);
+    if (c->routed_scale == 0) wrong(r, MOE4_ERROR_FORMAT, "config.json: routed_scaling_factor is 0");
+    if (kind == MOE4_ROUTER_SIGMOID_BIAS) {
+        read_groups(r, c->dim[MOE4_DIM_N_EXPERTS], c->dim[MOE4_DIM_TOP_K]);
+    } else {
+        c->gate_temp = read_float(r, "gate_temp", 1.f);
+        if (c->gate_temp == 0) wrong(r, MOE4_ERROR_FORMAT, "config.json: gate_temp is 0");
+    }
+}
+
+static void read_moe(const struct reader *r) {
+    struct moe4_config *c = r->config;
+    const struct moe4_family *f = c->family;
+    size_t *dim = c->dim;
+    const char *newer = "num_local_experts"; /* what transformers 5 calls every family's number when it writes one */
+    const char *key = !value_of(r, f->key_n_experts) && value_of(r, newer) ? newer : f->key_n_experts;
+    size_t n_experts = dim[MOE4_DIM_N_EXPERTS] = read_size(r, key, 1, MAX_EXPERTS, REQUIRED);
+    size_t again = read_size(r, newer, 1, MAX_EXPERTS, (long long)n_experts);
+    if (again != n_experts) wrong(r, MOE4_ERROR_FORMAT, "config.json: %s is %zu, but %s is %zu", key, n_experts, newer, again);
+    dim[MOE4_DIM_TOP_K] = read_size(r, "num_experts_per_tok", 1, n_experts, REQUIRED);
+    dim[MOE4_DIM_EXPERT] = read_size(r, f->key_expert, 1, MAX_SIZE, REQUIRED);
+    if (f->shared) dim[MOE4_DIM_N_SHARED] = read_size(r, "n_shared_experts", 0, 64, 0);
+    dim[MOE4_DIM_SHARED] = dim[MOE4_DIM_EXPERT] * dim[MOE4_DIM_N_SHARED];
+    if (f->key_shared && dim[MOE4_DIM_N_SHARED]) dim[MOE4_DIM_SHARED] = read_size(r, f->key_shared, 1, MAX_SIZE, REQUIRED);
+    need_text(r, f->key_activation, f->activation == MOE4_RELU2 ? "relu2" : "silu");
+    if (f->activation == MOE4_SWIGLU) c->swiglu_limit = read_float(r, "swiglu_limit", 0.f);
+    size_t latent = read_size(r, "moe_latent_size", 1, MAX_SIZE, 0);
+    if (latent)
+        wrong(r, MOE4_ERROR_UNSUPPORTED, "unsupported: config.json: moe_latent_size %zu (experts that work on a projection of x)", latent);
+    read_router(r);
+}
+
+/* A letter or a word for each layer; the letters' words are those of layers_block_type. */
+static void read_pattern(const struct reader *r, size_t n) {
+    static const struct {
+        char letter;
+        const char *word;
+        moe4_layer_kind kind;
+    } known[] = {{'E', "moe", MOE4_LAYER_MOE},
+                 {'-', "mlp", MOE4_LAYER_DENSE},
+                 {'M', "mamba", MOE4_LAYER_OTHER},
+                 {'*', "attention", MOE4_LAYER_OTHER}};
+    enum { N_KNOWN = sizeof known / sizeof *known };
+    const json_t *words = value_of(r, "layers_block_type");
+    const char *key = words ? "layers_block_type" : "hybrid_override_pattern", *letters = words ? NULL : read_text(r, key);
+    size_t length = words ? json_array_size(words) : letters ? strlen(letters) : 0;
+    if (length != n) {
+        wrong(r, MOE4_ERROR_FORMAT, "config.json: %s has %zu layers, num_hidden_layers is %zu", key, length, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const char *word = words ? json_string_value(json_array_get(words, i)) : "";
+        int k = 0;
+        while (k < N_KNOWN && !(words ? word && strcmp(word, known[k].word) == 0 : letters[i] == known[k].letter)) k++;
+        if (k == N_KNOWN)
+            wrong(r, MOE4_ERROR_FORMAT, "config.json: %s: layer %zu is none of E - M * (moe, mlp, mamba, attention)", key, i);
+        else
+            r->config->layer_kind[i] = (uint8_t)known[k].kind;
+    }
+}
+
 static moe4_status read_layers(const moe4_ctx *ctx, const struct reader *r) {
     struct moe4_config *c = r->config;
     size_t n = c->dim[MOE4_DIM_LAYERS] = read_size(r, "num_hidden_layers", 1, MAX_LAYERS, REQUIRED);
-    c->is_moe = moe4_calloc(ctx, n, 1, "kinds of layers");
-    if (!c->is_moe) return MOE4_ERROR_MEMORY;
+    c->layer_kind = moe4_calloc(ctx, n, 1, "kinds of layers");
+    if (!c->layer_kind) return MOE4_ERROR_MEMORY;
     size_t n_dense = 0;
-    if (c->family->layer_rule == MOE4_LAYERS_FIRST_K) {
+    if (c->family->layer_rule == MOE4_LAYERS_ALL) {
+        memset(c->layer_kind, MOE4_LAYER_MOE, n);
+    } else if (c->family->layer_rule == MOE4_LAYERS_PATTERN) {
+        read_pattern(r, n);
+    } else if (c->family->layer_rule == MOE4_LAYERS_FIRST_K) {
         size_t first = read_size(r, "first_k_dense_replace", 0, n, REQUIRED);
         size_t step = read_size(r, "moe_layer_freq", 1, MAX_LAYERS, 1);
-        for (size_t i = 0; i < n && step; i++) c->is_moe[i] = i >= first && i % step == 0;
+        for (size_t i = 0; i < n && step; i++) c->layer_kind[i] = i >= first && i % step == 0 ? MOE4_LAYER_MOE : MOE4_LAYER_DENSE;
     } else {
         size_t step = read_size(r, "decoder_sparse_step", 1, MAX_LAYERS, 1);
-        for (size_t i = 0; i < n && step; i++) c->is_moe[i] = (i + 1) % step == 0;
+        for (size_t i = 0; i < n && step; i++) c->layer_kind[i] = (i + 1) % step == 0 ? MOE4_LAYER_MOE : MOE4_LAYER_DENSE;
         const json_t *dense = value_of(r, "mlp_only_layers");
         if (dense && !json_is_array(dense)) wrong(r, MOE4_ERROR_FORMAT, "config.json: mlp_only_layers is not a list");
         for (size_t i = 0; i < json_array_size(dense); i++) {
             const json_t *v = json_array_get(dense, i);
             if (json_is_integer(v) && json_integer_value(v) >= 0 && (size_t)json_integer_value(v) < n)
-                c->is_moe[json_integer_value(v)] = 0;
+                c->layer_kind[json_integer_value(v)] = MOE4_LAYER_DENSE;
             else
                 wrong(r, MOE4_ERROR_FORMAT, "config.json: mlp_only_layers[%zu] is no layer from 0 to %zu", i, n ? n - 1 : 0);
         }
@@ -180,7 +236,8 @@ static moe4_status read_layers(const moe4_ctx *ctx, const struct reader *r) {
     if (experts > MAX_ALL_EXPERTS)
         wrong(r, MOE4_ERROR_FORMAT, "config.json: %zu layers of %zu experts, at most %d together", n, c->dim[MOE4_DIM_N_EXPERTS],
               MAX_ALL_EXPERTS);
-    for (size_t i = 0; i < n; i++) n_dense += !c->is_moe[i];
+    if (c->family->hash_table) c->n_hash_layers = read_size(r, "num_hash_layers", 0, n, 0);
+    for (size_t i = 0; i < n; i++) n_dense += c->layer_kind[i] == MOE4_LAYER_DENSE;
     if (n_dense) c->dim[MOE4_DIM_DENSE] = read_size(r, "intermediate_size", 1, MAX_SIZE, REQUIRED);
     return MOE4_OK;
 }
@@ -210,9 +267,12 @@ static void read_attention(const struct reader *r) {
     if (read_bool(r, "use_qk_norm", false)) c->has |= MOE4_IF_QK_NORM;
 }
 
-static moe4_status read_all(const moe4_ctx *ctx, const struct reader *r) {
+static moe4_status read_all(const moe4_ctx *ctx, struct reader *r) {
     struct moe4_config *c = r->config;
     MOE4_TRY(read_architecture(ctx, r));
+    const json_t *text = value_of(r, "text_config"); /* a model of more than text: the rest is about its language model */
+    if (text && !json_is_object(text)) wrong(r, MOE4_ERROR_FORMAT, "config.json: text_config is not an object");
+    if (json_is_object(text)) r->json = text;
     read_family(r);
     if (!c->family) return MOE4_OK;
     c->dim[MOE4_DIM_HIDDEN] = read_size(r, "hidden_size", 1, MAX_SIZE, REQUIRED);
@@ -237,7 +297,7 @@ moe4_status moe4_config_read(const moe4_ctx *ctx, struct moe4_config *config, co
 
 void moe4_config_free(const moe4_ctx *ctx, struct moe4_config *config) {
     moe4_free(ctx, config->architecture);
-    moe4_free(ctx, config->is_moe);
+    moe4_free(ctx, config->layer_kind);
     config->architecture = NULL;
-    config->is_moe = NULL;
+    config->layer_kind = NULL;
 }

@@ -9,12 +9,14 @@ struct moe4_config {
     moe4_status status; /* of the rest: OK, or why it cannot be had */
     char problem[400];
     const struct moe4_family *family;
-    char *architecture; /* "" when there is none */
+    const struct moe4_place *place; /* the family's first, until the checkpoint's names are known */
+    char *architecture;             /* "" when there is none */
     size_t dim[MOE4_N_DIMS];
-    unsigned has;    /* MOE4_IF_ bits */
-    uint8_t *is_moe; /* [dim[LAYERS]] */
+    unsigned has;        /* MOE4_IF_ bits */
+    uint8_t *layer_kind; /* [dim[LAYERS]] of moe4_layer_kind */
+    size_t n_hash_layers;
     int normalize;
-    float routed_scale, swiglu_limit;
+    float routed_scale, gate_temp, swiglu_limit;
 };
 
 /* Reads `bytes` of text. FORMAT when it is not JSON at all, MEMORY; whatever else is wrong is kept in config->status. */

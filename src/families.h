@@ -8,6 +8,7 @@
 /* Sizes that config.json states or that follow from it. */
 enum moe4_dim {
     MOE4_DIM_NONE,
+    MOE4_DIM_UNSTATED, /* a side of a matrix that config.json does not tell: 0, not compared */
     MOE4_DIM_HIDDEN,
     MOE4_DIM_VOCAB,
     MOE4_DIM_LAYERS,
@@ -53,18 +54,31 @@ struct moe4_part {
 };
 
 enum moe4_layer_rule {
-    MOE4_LAYERS_FIRST_K,    /* dense below first_k_dense_replace, then every moe_layer_freq-th is MoE */
-    MOE4_LAYERS_SPARSE_STEP /* every decoder_sparse_step-th is MoE, but for mlp_only_layers */
+    MOE4_LAYERS_ALL,         /* every layer is MoE */
+    MOE4_LAYERS_FIRST_K,     /* dense below first_k_dense_replace, then every moe_layer_freq-th is MoE */
+    MOE4_LAYERS_SPARSE_STEP, /* every decoder_sparse_step-th is MoE, but for mlp_only_layers */
+    MOE4_LAYERS_PATTERN      /* a letter or a word for each layer: MoE, dense, or neither */
+};
+
+/* Where a model stands among the names of its checkpoint, which may hold more than it (images, sound): what the names of its body and of
+ * its head begin with. */
+struct moe4_place {
+    const char *root, *head;
 };
 
 struct moe4_family {
     const char *name; /* also config.json's model_type */
-    /* Names: L stands for the layer, E for the expert, P for the projection, each behind an @. */
-    const char *layer, *expert, *shared, *dense, *proj[3];
-    const char *router, *router_bias; /* a module and a tensor; NULL where there is none */
-    const char *fused_experts;        /* prefix of 3-D tensors that hold all experts: known, not run */
-    moe4_router_kind router_kind;
-    const char *key_n_experts;
+    /* Names: R stands for the root, H for the head, L for the layer, E for the expert, P for the projection, each behind an @. */
+    const char *layer, *expert, *shared, *dense;   /* NULL where there is none */
+    const char *proj[3];                           /* gate NULL: experts without */
+    const char *router, *router_bias, *hash_table; /* a module and tensors; NULL where there is none */
+    const char *fused_experts;                     /* prefix of 3-D tensors that hold all experts: known, not run; or NULL */
+    const char *left_alone;                        /* prefix of modules beside the layers that are not judged; or NULL */
+    const struct moe4_place *places;               /* the usual one first; ended by a NULL root */
+    moe4_router_kind router_kind;                  /* of layers that do not choose by hash */
+    bool normalizes;                               /* the chosen weights, when config.json does not say */
+    moe4_activation activation;
+    const char *key_activation, *key_n_experts, *key_expert, *key_shared; /* key_shared NULL: the experts' size times n_shared_experts */
     enum moe4_layer_rule layer_rule;
     unsigned always;                                   /* MOE4_IF_ bits whatever config.json says */
     const struct moe4_part *model_parts, *layer_parts; /* ended by a NULL name */
@@ -75,7 +89,10 @@ extern const size_t moe4_n_families;
 
 /* The row for a model_type; NULL for none. */
 const struct moe4_family *moe4_family_find(const char *model_type);
-/* dst = pattern with its @L, @E and @P filled in; names that do not fit are cut and so never found. */
-void moe4_family_name(char *dst, size_t dst_bytes, const char *pattern, size_t layer, size_t expert, const char *proj);
+/* Why a family that has no row is not run, where that is known: "gpt-oss: …"; NULL otherwise. */
+const char *moe4_family_refused(const char *model_type);
+/* dst = pattern with what stands behind each @ filled in; names that do not fit are cut and so never found. */
+void moe4_family_name(char *dst, size_t dst_bytes, const struct moe4_place *place, const char *pattern, size_t layer, size_t expert,
+                      const char *proj);
 
 #endif

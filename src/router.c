@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "fpenv.h"
+#include "hash_table.h"
 
 static bool takes_bias(moe4_router_kind kind) {
     return kind == MOE4_ROUTER_SIGMOID_BIAS || kind == MOE4_ROUTER_TOPK_SOFTMAX || kind == MOE4_ROUTER_SQRTSOFTPLUS_BIAS;
@@ -44,23 +45,15 @@ static moe4_status check_options(const moe4_ctx *ctx, moe4_router_options *o) {
     return MOE4_OK;
 }
 
-static int64_t table_entry(const moe4_router_options *o, size_t i) {
-    return o->table_dtype == MOE4_I64 ? ((const int64_t *)o->table)[i] : ((const int32_t *)o->table)[i];
-}
-
 static moe4_status check_table(const moe4_ctx *ctx, const moe4_router_options *o) {
     MOE4_CHECK(ctx, o->table_dtype == MOE4_I32 || o->table_dtype == MOE4_I64, MOE4_ERROR_ARGUMENT, "options.table_dtype: %s (I32 or I64)",
                moe4_dtype_name(o->table_dtype));
-    for (size_t id = 0; id < o->n_token_ids; id++)
-        for (size_t j = 0; j < o->top_k; j++) {
-            int64_t e = table_entry(o, id * o->top_k + j);
-            MOE4_CHECK(ctx, e >= 0 && (uint64_t)e < o->n_experts, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld of %zu", id,
-                       (long long)e, o->n_experts);
-            for (size_t i = 0; i < j; i++)
-                MOE4_CHECK(ctx, table_entry(o, id * o->top_k + i) != e, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld twice",
-                           id, (long long)e);
-        }
-    return MOE4_OK;
+    const struct moe4_hash_table table = {o->table, o->table_dtype, o->n_token_ids, o->top_k};
+    struct moe4_hash_entry bad;
+    if (moe4_hash_table_ok(&table, o->n_experts, &bad)) return MOE4_OK;
+    MOE4_CHECK(ctx, !bad.twice, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld twice", bad.token_id, (long long)bad.expert);
+    return moe4_fail(ctx, MOE4_ERROR_FORMAT, "hash table: token id %zu has expert %lld of %zu", bad.token_id, (long long)bad.expert,
+                     o->n_experts);
 }
 
 /* *copy_ret = bias, or zeros for NULL; all finite. */

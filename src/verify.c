@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "hash_table.h"
 #include "values.h"
 #include "weight.h"
 
@@ -73,12 +74,15 @@ static void on_finding(void *user, moe4_status status, const char *name, const c
 
 static void check_modules(struct verify *v) {
     const moe4_checkpoint *ckpt = v->ckpt;
+    char alone[64] = "";
+    const struct moe4_config *c = &ckpt->config;
+    if (c->family && c->family->left_alone) moe4_family_name(alone, sizeof alone, c->place, c->family->left_alone, 0, 0, "");
     for (size_t i = 0; i < ckpt->n_tensors; i++) {
         const moe4_tensor *t = ckpt->by_name[i];
         bool is_main;
         size_t n = moe4_module_length(t->name, &is_main);
         if (ckpt->indexed && !ckpt->indexed[i]) report(v, t->name, "stands in %s, but not in %s", t->file, MOE4_INDEX_NAME);
-        if (!n) continue;
+        if (!n || (*alone && strncmp(t->name, alone, strlen(alone)) == 0)) continue;
         char module[MOE4_MAX_NAME + 1];
         snprintf(module, sizeof module, "%.*s", (int)n, t->name);
         moe4_weight w;
@@ -199,8 +203,9 @@ static void expect_parts(struct verify *v, const struct moe4_part *part, const c
     const struct moe4_config *c = &v->ckpt->config;
     for (; part->name; part++) {
         if ((part->when & c->has) != part->when) continue;
-        char name[MOE4_MAX_NAME + 1];
-        snprintf(name, sizeof name, "%s%s", prefix, part->name);
+        char name[MOE4_MAX_NAME + 1], rest[MOE4_MAX_NAME + 1];
+        moe4_family_name(rest, sizeof rest, c->place, part->name, 0, 0, "");
+        snprintf(name, sizeof name, "%.200s%.55s", prefix, rest);
         if (part->cols == MOE4_DIM_NONE)
             expect_vector(v, name, c->dim[part->rows]);
         else
@@ -213,8 +218,31 @@ static void expect_mlp(struct verify *v, const char *pattern, size_t layer, size
     size_t hidden = c->dim[MOE4_DIM_HIDDEN];
     for (int p = MOE4_GATE; p <= MOE4_DOWN; p++) {
         char name[MOE4_MAX_NAME + 1];
-        moe4_family_name(name, sizeof name, pattern, layer, expert, c->family->proj[p]);
+        if (!c->family->proj[p]) continue;
+        moe4_family_name(name, sizeof name, c->place, pattern, layer, expert, c->family->proj[p]);
         expect_matrix(v, name, p == MOE4_DOWN ? hidden : inter, p == MOE4_DOWN ? inter : hidden);
+    }
+}
+
+/* One row for each token id: experts that are there, none of them twice. */
+static void expect_hash_table(struct verify *v, size_t layer) {
+    const struct moe4_config *c = &v->ckpt->config;
+    char name[MOE4_MAX_NAME + 1];
+    moe4_family_name(name, sizeof name, c->place, c->family->hash_table, layer, 0, "");
+    const moe4_tensor *t = moe4_checkpoint_lookup(v->ckpt, name);
+    size_t rows = c->dim[MOE4_DIM_VOCAB];
+    struct moe4_hash_table table = {NULL, MOE4_I64, rows, c->dim[MOE4_DIM_TOP_K]};
+    struct moe4_hash_entry bad;
+    if (!t) {
+        report(v, name, "missing: config.json promises it");
+    } else if ((t->dtype != MOE4_I64 && t->dtype != MOE4_I32) || t->n_dims != 2 || t->shape[0] != rows || t->shape[1] != table.top_k) {
+        report(v, name, "%s, %zu elements in %zu dimensions, need I64 or I32, %zux%zu by config.json", moe4_dtype_name(t->dtype),
+               t->bytes / moe4_dtype_bytes(t->dtype), t->n_dims, rows, table.top_k);
+    } else {
+        table.data = t->data;
+        table.dtype = t->dtype;
+        if (!moe4_hash_table_ok(&table, c->dim[MOE4_DIM_N_EXPERTS], &bad))
+            report(v, name, "token id %zu has expert %" PRId64 " %s", bad.token_id, bad.expert, bad.twice ? "twice" : "of none");
     }
 }
 
@@ -223,16 +251,18 @@ static void expect_moe(struct verify *v, size_t layer) {
     const struct moe4_family *f = c->family;
     char name[MOE4_MAX_NAME + 1];
     size_t n_experts = c->dim[MOE4_DIM_N_EXPERTS];
-    moe4_family_name(name, sizeof name, f->router, layer, 0, "");
+    moe4_family_name(name, sizeof name, c->place, f->router, layer, 0, "");
     expect_matrix(v, name, n_experts, c->dim[MOE4_DIM_HIDDEN]);
-    if (f->router_bias) {
-        moe4_family_name(name, sizeof name, f->router_bias, layer, 0, "");
+    if (layer < c->n_hash_layers) {
+        expect_hash_table(v, layer);
+    } else if (f->router_bias) {
+        moe4_family_name(name, sizeof name, c->place, f->router_bias, layer, 0, "");
         expect_vector(v, name, n_experts);
     }
     if (c->dim[MOE4_DIM_N_SHARED]) expect_mlp(v, f->shared, layer, 0, c->dim[MOE4_DIM_SHARED]);
     if (moe4_fused_experts(v->ckpt, layer)) return; /* told with its module */
     for (size_t e = 0; e < n_experts; e++) expect_mlp(v, f->expert, layer, e, c->dim[MOE4_DIM_EXPERT]);
-    moe4_family_name(name, sizeof name, f->expert, layer, n_experts, f->proj[MOE4_GATE]);
+    moe4_family_name(name, sizeof name, c->place, f->expert, layer, n_experts, f->proj[f->proj[MOE4_GATE] ? MOE4_GATE : MOE4_UP]);
     if (moe4_module_has_main(v->ckpt, name)) report(v, name, "one expert more than the %zu of config.json", n_experts);
 }
 
@@ -250,11 +280,11 @@ static void check_complete(struct verify *v) {
     expect_parts(v, c->family->model_parts, "");
     for (size_t layer = 0; layer < c->dim[MOE4_DIM_LAYERS]; layer++) {
         char prefix[MOE4_MAX_NAME + 1];
-        moe4_family_name(prefix, sizeof prefix, c->family->layer, layer, 0, "");
+        moe4_family_name(prefix, sizeof prefix, c->place, c->family->layer, layer, 0, "");
         expect_parts(v, c->family->layer_parts, prefix);
-        if (c->is_moe[layer])
+        if (c->layer_kind[layer] == MOE4_LAYER_MOE)
             expect_moe(v, layer);
-        else
+        else if (c->layer_kind[layer] == MOE4_LAYER_DENSE)
             expect_mlp(v, c->family->dense, layer, 0, c->dim[MOE4_DIM_DENSE]);
     }
 }

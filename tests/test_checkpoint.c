@@ -180,6 +180,13 @@ static void test_index(void **state) {
     "\"model_type\":\"qwen3_moe\",\"hidden_size\":64,\"vocab_size\":9,\"num_hidden_layers\":4,\"num_experts\":16," \
     "\"num_experts_per_tok\":4,\"moe_intermediate_size\":32,\"norm_topk_prob\":true,"
 
+#define V4                                                                                                                \
+    "\"model_type\":\"deepseek_v4\",\"hidden_size\":64,\"vocab_size\":9,\"num_hidden_layers\":3,\"n_routed_experts\":16," \
+    "\"num_experts_per_tok\":4,\"moe_intermediate_size\":32,"
+#define NEMOTRON                                                                                                           \
+    "\"model_type\":\"nemotron_h\",\"hidden_size\":64,\"vocab_size\":9,\"n_routed_experts\":16,\"num_experts_per_tok\":4," \
+    "\"moe_intermediate_size\":32,\"norm_topk_prob\":true,"
+
 /* Opens a folder with this config; the info's status. */
 static moe4_status info_of(const char *config, moe4_model_info *info, char kinds[8]) {
     files_text("config.json", config);
@@ -189,7 +196,7 @@ static moe4_status info_of(const char *config, moe4_model_info *info, char kinds
     for (size_t l = 0; status == MOE4_OK && l < info->n_layers && l < 7; l++) {
         moe4_layer_kind kind;
         assert_int_equal(moe4_checkpoint_layer_kind(ckpt, &kind, l), MOE4_OK);
-        kinds[l] = kind == MOE4_LAYER_MOE ? 'm' : 'd';
+        kinds[l] = kind == MOE4_LAYER_MOE ? 'm' : kind == MOE4_LAYER_DENSE ? 'd' : 'o';
         kinds[l + 1] = '\0';
     }
     info->family = info->architecture = info->quantization = NULL; /* they go with the checkpoint */
@@ -218,8 +225,29 @@ static void test_bad_configs(void **state) {
         const char *words;
     } cases[] = {
         {"{}", MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"\" (found"},
-        {"{\"model_type\":\"gpt_oss\",\"architectures\":[\"GptOssForCausalLM\"]}", MOE4_ERROR_UNSUPPORTED,
-         "model_type \"gpt_oss\" (found architecture \"GptOssForCausalLM\"; moe4 runs deepseek_v3, kimi_k2, glm4_moe, qwen3_moe)"},
+        {"{\"model_type\":\"dbrx\",\"architectures\":[\"DbrxForCausalLM\"]}", MOE4_ERROR_UNSUPPORTED,
+         "model_type \"dbrx\" (found architecture \"DbrxForCausalLM\"; moe4 runs deepseek_v3, kimi_k2, glm4_moe, qwen3_moe, mixtral, "
+         "deepseek_v4, nemotron_h)"},
+        {"{\"model_type\":\"gpt_oss\"}", MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"gpt_oss\": gpt-oss: mlp.experts.gate_up_proj"},
+        {"{\"model_type\":\"llama4\"}", MOE4_ERROR_UNSUPPORTED, "Llama-4: feed_forward.experts.gate_up_proj"},
+        {"{\"text_config\":[]}", MOE4_ERROR_FORMAT, "text_config is not an object"},
+        {"{\"model_type\":\"x\",\"text_config\":{\"model_type\":\"glm4_moe\"}}", MOE4_ERROR_FORMAT, "no hidden_size"},
+        {"{" V4 "\"num_hash_layers\":4}", MOE4_ERROR_FORMAT, "num_hash_layers is 4, need 0 to 3"},
+        {"{" V4 "\"scoring_func\":\"sigmoid\"}", MOE4_ERROR_UNSUPPORTED, "scoring_func \"sigmoid\" (moe4 runs \"sqrtsoftplus\")"},
+        {"{" V4 "\"swiglu_limit\":-1}", MOE4_ERROR_FORMAT, "swiglu_limit is -1"},
+        {"{" V4 "\"gate_temp\":0}", MOE4_ERROR_FORMAT, "gate_temp is 0"},
+        {"{" NEMOTRON "\"num_hidden_layers\":3}", MOE4_ERROR_FORMAT, "hybrid_override_pattern has 0 layers, num_hidden_layers is 3"},
+        {"{" NEMOTRON "\"num_hidden_layers\":3,\"hybrid_override_pattern\":\"ME\"}", MOE4_ERROR_FORMAT, "hybrid_override_pattern has 2"},
+        {"{" NEMOTRON "\"num_hidden_layers\":3,\"hybrid_override_pattern\":\"MEx\"}", MOE4_ERROR_FORMAT, "layer 2 is none of E - M *"},
+        {"{" NEMOTRON "\"num_hidden_layers\":3,\"hybrid_override_pattern\":\"ME-\"}", MOE4_ERROR_FORMAT, "no intermediate_size"},
+        {"{" NEMOTRON "\"num_hidden_layers\":2,\"layers_block_type\":[\"moe\",7]}", MOE4_ERROR_FORMAT,
+         "layers_block_type: layer 1 is none"},
+        {"{" NEMOTRON "\"num_hidden_layers\":1,\"layers_block_type\":[\"moe\"],\"moe_latent_size\":16}", MOE4_ERROR_UNSUPPORTED,
+         "moe_latent_size 16"},
+        {"{" NEMOTRON "\"num_hidden_layers\":1,\"layers_block_type\":[\"moe\"],\"mlp_hidden_act\":\"silu\"}", MOE4_ERROR_UNSUPPORTED,
+         "mlp_hidden_act \"silu\" (moe4 runs \"relu2\")"},
+        {"{" NEMOTRON "\"num_hidden_layers\":1,\"layers_block_type\":[\"moe\"],\"n_shared_experts\":1}", MOE4_ERROR_FORMAT,
+         "no moe_shared_expert_intermediate_size"},
         {"{\"model_type\":7}", MOE4_ERROR_FORMAT, "model_type is not a string"},
         {"{\"model_type\":\"x\\u001b\"}", MOE4_ERROR_FORMAT, "model_type"},
         {"{" GLM "\"architectures\":[7]}", MOE4_ERROR_FORMAT, "architectures"},
@@ -292,6 +320,22 @@ static void test_families(void **state) {
     assert_string_equal(kinds, "dmdm");
     assert_int_equal(info_of("{" QWEN "\"mlp_only_layers\":[3,1],\"intermediate_size\":8}", &info, kinds), MOE4_OK);
     assert_string_equal(kinds, "mdmd");
+    assert_int_equal(info_of("{" V4 "\"num_hash_layers\":2,\"swiglu_limit\":10,\"gate_temp\":0.5}", &info, kinds), MOE4_OK);
+    assert_string_equal(kinds, "mmm");
+    assert_int_equal(info.router.kind, MOE4_ROUTER_SQRTSOFTPLUS_BIAS);
+    assert_int_equal(info.router.normalize, 1);
+    assert_int_equal(info.n_hash_layers, 2);
+    assert_true(info.swiglu_limit == 10 && info.router.gate_temp == 0.5f);
+    assert_int_equal(info_of("{" NEMOTRON "\"num_hidden_layers\":4,\"hybrid_override_pattern\":\"ME*-\",\"intermediate_size\":8,"
+                             "\"swiglu_limit\":7}",
+                             &info, kinds),
+                     MOE4_OK);
+    assert_string_equal(kinds, "omod");
+    assert_int_equal(info.activation, MOE4_RELU2);
+    assert_true(info.swiglu_limit == 0); /* of no meaning to it */
+    assert_int_equal(info_of("{\"model_type\":\"vl\",\"num_hidden_layers\":99,\"text_config\":{" GLM "\"n_group\":1}}", &info, kinds),
+                     MOE4_OK);
+    assert_string_equal(kinds, "dmmm");
     for (int i = 0; i < 2; i++) {
         char config[1024], *type;
         snprintf(config, sizeof config, "{" GLM "\"q_lora_rank\":null}");

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "../hash_table.h"
 #include "rows.h"
 
 struct run {
@@ -75,11 +76,6 @@ static void scores(const moe4_router *r, float *score, float *choice, const floa
     }
 }
 
-static size_t table_expert(const moe4_router_options *o, int32_t token_id, size_t j) {
-    size_t i = (size_t)token_id * o->top_k + j;
-    return (size_t)(o->table_dtype == MOE4_I64 ? ((const int64_t *)o->table)[i] : ((const int32_t *)o->table)[i]);
-}
-
 static void weigh(float *weights, const moe4_router_options *o) {
     float sum = o->kind == MOE4_ROUTER_SIGMOID_BIAS ? 1e-20f : 0;
     if (o->kind == MOE4_ROUTER_TOPK_SOFTMAX) softmax(weights, weights, o->top_k);
@@ -106,8 +102,10 @@ static void select_token(const struct moe4_select_call *c, size_t t) {
     }
     scores(r, score, choice, logits, c->alt_bias && c->alt_bias[t] ? r->alt_bias : r->bias);
     if (o->topk_group < o->n_group) limit_groups(choice, o);
+    const struct moe4_hash_table table = {o->table, o->table_dtype, o->n_token_ids, o->top_k};
     for (size_t j = 0; j < o->top_k; j++) {
-        size_t e = o->kind == MOE4_ROUTER_HASH ? table_expert(o, c->token_ids[t], j) : best(choice, o->n_experts);
+        size_t e =
+            o->kind == MOE4_ROUTER_HASH ? (size_t)moe4_hash_table_at(&table, (size_t)c->token_ids[t], j) : best(choice, o->n_experts);
         choice[e] = -INFINITY;
         ids[j] = (int32_t)e;
         weights[j] = score[e];

@@ -91,10 +91,10 @@ class Inspect(CliCase):
         folder = self.folder / "other"
         shutil.copytree(MODEL, folder)
         config = folder / "config.json"
-        config.write_text(config.read_text().replace("glm4_moe", "mixtral"))
+        config.write_text(config.read_text().replace("glm4_moe", "dbrx"))
         done = self.moe4("inspect", folder, status=BAD_DATA)
         self.assertIn("model.layers.*.mlp.experts.*.up_proj", done.stdout)
-        self.assertIn('unsupported: model_type "mixtral" (found architecture "Glm4MoeForCausalLM"; moe4 runs deepseek_v3', done.stderr)
+        self.assertIn('unsupported: model_type "dbrx" (found architecture "Glm4MoeForCausalLM"; moe4 runs deepseek_v3', done.stderr)
 
     def test_wrong_data(self):
         self.error("inspect", self.folder / "none", status=BAD_DATA, says="no such file or folder")
