@@ -42,6 +42,14 @@ const char *bench_what_name(enum bench_what what) {
     return names[what];
 }
 
+/* The clock, or the process's CPU time over the number of threads. */
+static double now(const struct bench *b, const moe4_ctx *ctx) {
+    struct timespec t;
+    if (!b->cpu_time) return cli_seconds();
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return ((double)t.tv_sec + 1e-9 * (double)t.tv_nsec) / (double)moe4_ctx_n_threads(ctx);
+}
+
 /* ---- the layer ---- */
 
 static void *huge_alloc(size_t bytes) {
@@ -79,9 +87,9 @@ static int make_layer(struct bench *b, struct side *s, moe4_act act, double *pac
     o.n_experts = b->shape.n_experts;
     o.top_k = b->shape.top_k;
     o.act = act;
-    const double start = cli_seconds();
+    const double start = now(b, s->ctx);
     moe4_status status = moe4_moe_create(&s->moe, s->ctx, b->experts, &o);
-    *pack_rate = 6. * (double)b->shape.n_experts * (double)(b->matrix_bytes + b->scale_bytes) / (cli_seconds() - start);
+    *pack_rate = 6. * (double)b->shape.n_experts * (double)(b->matrix_bytes + b->scale_bytes) / (now(b, s->ctx) - start);
     return status == MOE4_OK ? CLI_FINE : cli_fail(s->ctx, status, "bench");
 }
 
@@ -96,11 +104,12 @@ static int find_ceiling(const char *isa, moe4_act act) {
 }
 
 int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
-               const char *isa, double *pack_rates) {
+               const char *isa, bool cpu_time, double *pack_rates) {
     struct bench *b = *bench_ret = calloc(1, sizeof *b + n_contexts * sizeof *b->side);
     if (!b) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
     b->shape = *shape;
     b->random = 88172645463325252u;
+    b->cpu_time = cpu_time;
     b->n_sides = n_contexts;
     b->matrix_bytes = shape->hidden * shape->intermediate / 2;
     b->scale_bytes = shape->hidden * shape->intermediate / MOE4_BLOCK;
@@ -167,13 +176,6 @@ static void ceiling_task(void *arg, size_t task) {
     const struct bench *b = arg;
     (void)task;
     ceiling_sample((enum ceiling)b->ceiling);
-}
-
-static double now(const struct bench *b, const moe4_ctx *ctx) {
-    struct timespec t;
-    if (!b->cpu_time) return cli_seconds();
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return ((double)t.tv_sec + 1e-9 * (double)t.tv_nsec) / (double)moe4_ctx_n_threads(ctx);
 }
 
 static double sample_read(struct bench *b, moe4_ctx *ctx) {
@@ -313,8 +315,7 @@ static int make_input(struct bench *b, struct input *in) {
     return CLI_FINE;
 }
 
-int bench_measure(struct bench *b, struct bench_result *results, size_t n_tokens, double seconds, bool cpu_time) {
-    b->cpu_time = cpu_time;
+int bench_measure(struct bench *b, struct bench_result *results, size_t n_tokens, double seconds) {
     struct input in = {.n_tokens = n_tokens};
     int exit_status = make_input(b, &in);
     if (exit_status == CLI_FINE) exit_status = sample_all(b, &in, results, 0); /* caches, pages, the workers' first wake-up */

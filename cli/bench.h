@@ -30,16 +30,17 @@ struct bench_result {
 
 /* A layer of random weights, one context for each thread count. */
 struct bench;
-/* Errors are printed; returns an exit status. `pack_rates` [n_threads] gets bytes read and written a second by each create. */
+/* Errors are printed; returns an exit status. With cpu_time, times are the process's CPU time over the number of threads: other processes
+ * disturb less, and waiting does not show; only the layer's figure means something then. pack_rates [n_contexts] gets bytes read and
+ * written a second by each create. */
 int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
-               const char *isa, double *pack_rates);
+               const char *isa, bool cpu_time, double *pack_rates);
 void bench_close(struct bench *bench);
 /* The context's ISA ("avx2"), and the step that bounds its products or NULL. */
 const char *bench_isa(const struct bench *bench);
 const char *bench_step(const struct bench *bench);
 moe4_act bench_act(const struct bench *bench);
-/* Samples all contexts in turn for about `seconds`; results [n_contexts]. With cpu_time, times are the process's CPU time over the
- * number of threads: other processes disturb less, and waiting does not show; only the layer's figure means something then. */
-int bench_measure(struct bench *bench, struct bench_result *results, size_t n_tokens, double seconds, bool cpu_time);
+/* Samples all contexts in turn for about `seconds`; results [n_contexts]. */
+int bench_measure(struct bench *bench, struct bench_result *results, size_t n_tokens, double seconds);
 
 #endif

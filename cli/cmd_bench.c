@@ -168,7 +168,7 @@ static void put_result(const struct output *o, const struct bench_result *r) {
 static int run(const struct args *a, struct bench *b, struct output *o) {
     struct bench_result results[MAX_LIST];
     for (size_t i = 0; i < a->n_tokens; i++) {
-        int exit_status = bench_measure(b, results, a->tokens[i], a->seconds, a->cpu_time);
+        int exit_status = bench_measure(b, results, a->tokens[i], a->seconds);
         if (exit_status != CLI_FINE) return exit_status;
         for (size_t j = 0; j < a->n_threads; j++) put_result(o, &results[j]);
     }
@@ -183,7 +183,7 @@ int cmd_bench(int argc, char **argv) {
     double pack_rates[MAX_LIST];
     int exit_status;
     if (!read_args(&args, argc, argv, &exit_status)) return exit_status;
-    exit_status = bench_open(&bench, &args.shape, args.act, args.threads, args.n_threads, args.isa, pack_rates);
+    exit_status = bench_open(&bench, &args.shape, args.act, args.threads, args.n_threads, args.isa, args.cpu_time, pack_rates);
     if (exit_status == CLI_FINE && args.csv && !(o.csv = fopen(args.csv, "w")))
         exit_status = cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
     if (exit_status == CLI_FINE) {

@@ -28,6 +28,9 @@ static inline uint8_t moe4_tile16_scale(uint8_t e4m3) {
 /* moe4_gemm.packed_bytes and moe4_gemm.pack; col0 is a multiple of 16, and n_cols but for the last columns of the matrix. */
 size_t moe4_tile16_bytes(const moe4_weight *w);
 void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
+#if defined(__x86_64__)
+void moe4_tile16_pack_avx512(void *packed, const moe4_weight *w, size_t col0, size_t n_cols); /* AVX-512 F, BW, VL, DQ, VBMI */
+#endif
 
 /* y[m][c] = rows m against the columns of one tile in `cols`, over all n_chunks of 64 k. */
 typedef void (*moe4_tile16_pass)(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks,

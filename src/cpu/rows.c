@@ -91,6 +91,8 @@ void moe4_chunks_pack_codes(void *row, float *factor_ret, const uint8_t *codes, 
         n = k - at < CHUNK_K ? k - at : CHUNK_K;
         memcpy(c, codes + at / 2, n / 2);
         memcpy(s, scales + at / MOE4_BLOCK, n / MOE4_BLOCK);
+        for (size_t b = 0; b < n / MOE4_BLOCK; b++) /* kernels may take the product of scales for not quite zero */
+            if (s[b] == 0) memset(c + b * MOE4_BLOCK / 2, 0, MOE4_BLOCK / 2);
         chunk = pack_step(chunk, c, s, n, pack_chunk, chunk_bytes);
     }
     *factor_ret = 1;

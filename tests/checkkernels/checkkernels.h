@@ -32,6 +32,7 @@ bool same_bytes(const void *a, const void *b, size_t bytes);
 
 void check_codec(struct check *c);
 void check_gemm(struct check *c);
+void check_pack(struct check *c);
 
 /* A table of rates, one column for each of the n ISAs. */
 void bench(const struct moe4_kernels *kernels, size_t n);

@@ -79,6 +79,7 @@ int main(int argc, char **argv) {
         struct check c = {.k = &kernels[i], .scalar = &kernels[0], .random = 1};
         check_codec(&c);
         check_gemm(&c);
+        check_pack(&c);
         n_failed += c.n_failed;
     }
     printf("%zu failed\n", n_failed);
