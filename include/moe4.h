@@ -60,6 +60,9 @@ typedef struct moe4_ctx moe4_ctx;
 #define MOE4_ISA_AVX2 2u       /* AVX2 + FMA + F16C */
 #define MOE4_ISA_AVX512VNNI 4u /* AVX-512 F, BW, VL, DQ, VBMI and VNNI: Ice Lake, Zen 4 and later */
 #define MOE4_ISA_AVX512BF16 8u /* and BF16 */
+#define MOE4_ISA_NEON 16u      /* every AArch64 CPU */
+#define MOE4_ISA_NEONDOT 32u   /* and int8 dot products (SDOT) */
+#define MOE4_ISA_NEONI8MM 64u  /* and int8 matrix products (SMMLA) */
 
 /* alloc: `bytes` > 0 at a multiple of `align` (a power of two), or NULL. free takes what alloc gave. Both may be called from any thread. */
 typedef void *(*moe4_alloc_fn)(void *user, size_t bytes, size_t align);

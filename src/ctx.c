@@ -73,18 +73,24 @@ void moe4_struct_write(void *dst, const void *src, size_t src_bytes) {
 
 /* ---- ISA ---- */
 
+/* `least`: the bit where an architecture's own begin. */
 static const struct {
     const char *name;
-    uint32_t bit;
-} isas[] = {{"scalar", MOE4_ISA_SCALAR}, {"avx2", MOE4_ISA_AVX2}, {"avx512vnni", MOE4_ISA_AVX512VNNI}, {"avx512bf16", MOE4_ISA_AVX512BF16}};
+    uint32_t bit, least;
+} isas[] = {
+    {"scalar", MOE4_ISA_SCALAR, MOE4_ISA_SCALAR},
+    {"avx2", MOE4_ISA_AVX2, MOE4_ISA_AVX2},
+    {"avx512vnni", MOE4_ISA_AVX512VNNI, MOE4_ISA_AVX2},
+    {"avx512bf16", MOE4_ISA_AVX512BF16, MOE4_ISA_AVX2},
+    {"neon", MOE4_ISA_NEON, MOE4_ISA_NEON},
+    {"neondot", MOE4_ISA_NEONDOT, MOE4_ISA_NEON},
+    {"neoni8mm", MOE4_ISA_NEONI8MM, MOE4_ISA_NEON},
+};
 enum { N_ISAS = sizeof isas / sizeof *isas };
 
 uint32_t moe4_isa_mask(const char *name) {
-    uint32_t mask = 0;
-    for (int i = 0; name && i < N_ISAS; i++) {
-        mask |= isas[i].bit;
-        if (strcmp(name, isas[i].name) == 0) return mask;
-    }
+    for (int i = 0; name && i < N_ISAS; i++)
+        if (strcmp(name, isas[i].name) == 0) return MOE4_ISA_SCALAR | (2 * isas[i].bit - isas[i].least);
     return 0;
 }
 

@@ -2,6 +2,8 @@
 #ifndef MOE4_INTERNAL_H
 #define MOE4_INTERNAL_H
 
+#include "contract.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -6,6 +6,8 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include "kernels.h"
@@ -28,6 +30,13 @@ uint32_t moe4_cpu_isas(void) {
         __builtin_cpu_supports("avx512vnni"))
         isas |= MOE4_ISA_AVX512VNNI;
     if ((isas & MOE4_ISA_AVX512VNNI) && __builtin_cpu_supports("avx512bf16")) isas |= MOE4_ISA_AVX512BF16;
+#elif defined(__aarch64__)
+    isas |= MOE4_ISA_NEON;
+#if defined(MOE4_NEON_DOT)
+    enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* Linux's bits, which not every C library names */
+    if (getauxval(AT_HWCAP) & ASIMDDP) isas |= MOE4_ISA_NEONDOT;
+    if ((isas & MOE4_ISA_NEONDOT) && (getauxval(AT_HWCAP2) & I8MM)) isas |= MOE4_ISA_NEONI8MM;
+#endif
 #endif
     return isas;
 }

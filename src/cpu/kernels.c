@@ -22,6 +22,23 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
         k->isa = "avx512bf16";
         moe4_kernels_gemm_avx512bf16(k);
     }
+#elif defined(__aarch64__)
+    if (mask & MOE4_ISA_NEON) {
+        k->isa = "neon";
+        moe4_kernels_codec_neon(k);
+        moe4_kernels_glu_neon(k);
+        moe4_kernels_gemm_neon(k);
+    }
+#if defined(MOE4_NEON_DOT)
+    if (mask & MOE4_ISA_NEONDOT) {
+        k->isa = "neondot";
+        moe4_kernels_gemm_neondot(k);
+    }
+    if (mask & MOE4_ISA_NEONI8MM) {
+        k->isa = "neoni8mm";
+        moe4_kernels_gemm_neoni8mm(k);
+    }
+#endif
 #else
     (void)mask;
 #endif

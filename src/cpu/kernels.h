@@ -4,6 +4,8 @@
 #ifndef MOE4_CPU_KERNELS_H
 #define MOE4_CPU_KERNELS_H
 
+#include "../contract.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -110,6 +112,15 @@ void moe4_kernels_gemm_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2_w4a4(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512vnni(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512bf16(struct moe4_kernels *k);
+#elif defined(__aarch64__)
+void moe4_kernels_codec_neon(struct moe4_kernels *k);
+void moe4_kernels_glu_neon(struct moe4_kernels *k);
+void moe4_kernels_gemm_neon(struct moe4_kernels *k);
+#if !defined(__clang__) || __clang_major__ >= 16 /* older ones have the intrinsics only where the whole file may use them */
+#define MOE4_NEON_DOT
+void moe4_kernels_gemm_neondot(struct moe4_kernels *k);
+void moe4_kernels_gemm_neoni8mm(struct moe4_kernels *k);
+#endif
 #endif
 
 #endif
