@@ -10,12 +10,9 @@
 #include <float.h>
 
 #include "bits.h"
+#include "fpu.h"
 #include "internal.h"
 #include "random.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 /* ---- contexts: one for each ISA of this CPU ---- */
 
@@ -367,10 +364,8 @@ static void test_callers_settings(void **state) {
             float global;
             co.isa_mask = moe4_isa_mask(moe4_ctx_isa(ctxs[c]));
             co.n_threads = 3;
-#if defined(__x86_64__)
-            unsigned saved = _mm_getcsr(), mine = saved | 0x8040; /* FTZ, DAZ */
-            if (set) _mm_setcsr(mine);
-#endif
+            const uint64_t saved = get_fpu();
+            if (set) set_fpu(saved | FPU_FLUSH);
             if (set) fesetround(FE_UPWARD);
             assert_int_equal(moe4_ctx_create(&ctx, &co), MOE4_OK);
             assert_int_equal(moe4_nvfp4_quantize(ctx, codes[set], scales[set], &global, NULL, x, MOE4_F32, 64, N / 64, 0, &o), MOE4_OK);
@@ -378,10 +373,8 @@ static void test_callers_settings(void **state) {
             assert_int_equal(moe4_nvfp4_dequantize(ctx, y[set], MOE4_F32, 0, codes[set], scales[set], 64, N / 64, &o), MOE4_OK);
             assert_int_equal(fegetround(), set ? FE_UPWARD : FE_TONEAREST);
             fesetround(FE_TONEAREST);
-#if defined(__x86_64__)
-            assert_int_equal(_mm_getcsr() & 0x8040, set ? 0x8040 : saved & 0x8040);
-            _mm_setcsr(saved);
-#endif
+            assert_int_equal(get_fpu() & FPU_FLUSH, (set ? FPU_FLUSH : saved) & FPU_FLUSH);
+            set_fpu(saved);
             moe4_ctx_destroy(ctx);
             if (!set) continue;
             assert_memory_equal(codes[0], codes[1], N / 2);

@@ -5,7 +5,7 @@
 #define GOLDEN MOE4_SOURCE_DIR "/models/novels-18m-golden.safetensors"
 enum { T = 256, H = 256, K = 6, E = 32, T_SHARED = 64 };
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2, 0};
+static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
 enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
 
 static moe4_ctx *ctx;

@@ -1,25 +1,8 @@
 /* Linear against the fp64 reference, bitwise where integers allow it, its invariances and errors. */
 #include "reference.h"
+#include "fpu.h"
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-static unsigned get_fpu(void) {
-    return _mm_getcsr();
-}
-static void set_fpu(unsigned control) {
-    _mm_setcsr(control);
-}
-#else
-static unsigned get_fpu(void) {
-    return 0;
-}
-static void set_fpu(unsigned control) {
-    (void)control;
-}
-#endif
-enum { FLUSH = 0x8040 }; /* x86: flush-to-zero and denormals-are-zero */
-
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2, 0};
+static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
 enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
 
 static moe4_ctx *make_ctx(size_t n_threads, uint32_t isa_mask) {
@@ -163,10 +146,10 @@ static void test_batch_threads_and_caller_fpu(void **state) {
             o.act = (moe4_act)act;
             for (size_t n = 1; n <= 3; n++) {
                 moe4_ctx *ctx = make_ctx(n, isa_masks[isa]);
-                unsigned before = get_fpu();
-                if (n == 2) set_fpu(before | FLUSH); /* must not matter, and must be there afterwards */
+                uint64_t before = get_fpu();
+                if (n == 2) set_fpu(before | FPU_FLUSH); /* must not matter, and must be there afterwards */
                 run(ctx, (void *[]){n == 1 ? y : again}, &w, 1, &o, x, T, NULL);
-                if (n == 2 && before) assert_int_equal(get_fpu() & FLUSH, FLUSH);
+                if (n == 2) assert_int_equal(get_fpu() & FPU_FLUSH, FPU_FLUSH);
                 set_fpu(before);
                 if (n > 1) assert_memory_equal(y, again, sizeof y);
                 for (size_t t = 0; t < T && n == 3 && act != MOE4_ACT_TENSOR; t += 31) {

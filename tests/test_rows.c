@@ -2,7 +2,7 @@
  * replaced. Held to moe4_moe_forward and moe4_linear_forward, which have references of their own. */
 #include "reference.h"
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2, 0};
+static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
 enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
 
 enum { H = 96, I = 48, E = 5, K = 2, T = 23, N_SLOTS = T * K };
