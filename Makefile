@@ -4,6 +4,8 @@
 #   make run      installs what is missing, builds, and runs the bundled model's layer 3 in every mode
 #   make check    the same, then all tests
 #   make install  to PREFIX (/usr/local), below DESTDIR
+#   make dist     build/moe4-VERSION.tar.gz of what is committed: the same bytes wherever it is made
+#   make deb      Debian packages from that tarball, in build/deb
 #   make format   clang-format over the tree
 BUILD ?= build
 PREFIX ?= /usr/local
@@ -16,6 +18,7 @@ FIRST = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-DMOE4_TESTS=OFF $(if $(shell 
 CONFIGURE = cmake -S . -B $(BUILD) $(FIRST) $(CMAKE_FLAGS) -Wno-dev --log-level=WARNING
 # With the flags of this make, the one below would announce every folder.
 COMPILE = env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL cmake --build $(BUILD) -j $(JOBS)
+VERSION = $(shell awk '/^project/ { print $$3 }' CMakeLists.txt)
 SOURCES = $(shell git ls-files '*.c' '*.h')
 
 all:
@@ -36,7 +39,14 @@ check:
 	@ctest --test-dir $(BUILD) --output-on-failure $(CTEST_FLAGS)
 
 install: all
-	cmake --install $(BUILD) --prefix $(DESTDIR)$(PREFIX)
+	DESTDIR=$(DESTDIR) cmake --install $(BUILD) --prefix $(PREFIX)
+
+dist:
+	@mkdir -p $(BUILD)
+	git archive --prefix=moe4-$(VERSION)/ HEAD | gzip -9n >$(BUILD)/moe4-$(VERSION).tar.gz
+
+deb: dist
+	packaging/build-deb $(BUILD)/moe4-$(VERSION).tar.gz $(BUILD)/deb
 
 format:
 	clang-format -i $(SOURCES)
@@ -44,4 +54,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all run check install format clean
+.PHONY: all run check install dist deb format clean
