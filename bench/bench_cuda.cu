@@ -232,6 +232,20 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     };
     one(0, 7);
     CUDA(cudaStreamSynchronize(stream));
+    std::vector<uint16_t> want((size_t)T * s.hidden), got(want.size()); /* the portable kernels give the same bits */
+    CUDA(cudaMemcpy(got.data(), y, got.size() * 2, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemset(y, 0xFF, got.size() * 2));
+    CUDA(moe4_cuda_prepare(&r, stream));
+    CUDA(moe4_cuda_gate_up(&r, stream));
+    CUDA(moe4_cuda_quantize_h(&r, stream));
+    CUDA(moe4_cuda_down(&r, stream));
+    CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(want.data(), y, want.size() * 2, cudaMemcpyDeviceToHost));
+    if (want != got) {
+        printf("bench_cuda: %s T %d %s: wrong results\n", s.name, T, v.name);
+        exit(1);
+    }
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     for (int c = 0; c < N_CALLS; c++) one(c, v.stages);
     CUDA(cudaStreamEndCapture(stream, &graph));

@@ -267,8 +267,7 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, c
                 unit_tile_product<NT>(acc[m], words[m], scale_g, scale_g8, b);
             }
         }
-        __syncwarp();
-        if (self.lane == 0) mbarrier_arrive(smem_address(&s->empty[stage->i]));
+        mbarrier_arrive(smem_address(&s->empty[stage->i]));
         stage->next(S::n_stages);
         if (u == 0 && wide && down && mine) my_factor = __ldcg(run.h_factor + item.tile.first + my_column); /* it came with the rows */
     }
@@ -336,7 +335,7 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_stages; i++) {
             mbarrier_init(smem_address(&s.full[i]), 2);
-            mbarrier_init(smem_address(&s.empty[i]), CONSUMER_WARPS);
+            mbarrier_init(smem_address(&s.empty[i]), CONSUMER_WARPS * 32);
         }
         for (int i = 0; i < N_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
