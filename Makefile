@@ -19,7 +19,7 @@ CONFIGURE = cmake -S . -B $(BUILD) $(FIRST) $(CMAKE_FLAGS) -Wno-dev --log-level=
 # With the flags of this make, the one below would announce every folder.
 COMPILE = env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL cmake --build $(BUILD) -j $(JOBS)
 VERSION = $(shell awk '/^project/ { print $$3 }' CMakeLists.txt)
-SOURCES = $(shell git ls-files '*.c' '*.h')
+SOURCES = $(shell find * -name 'build*' -prune -o -name '*.[ch]' -print)
 
 all:
 	@$(CONFIGURE) >/dev/null || { echo "make: that is missing; make run installs it, or says which packages to install" >&2; exit 1; }
