@@ -25,7 +25,7 @@ static void parse(const uint8_t *data, size_t size) {
         at = (const uint8_t *)t->data + t->bytes;
     }
     if (at && at != data + size) abort();
-    st.map = (struct moe4_map){NULL, 0}; /* not ours to unmap */
+    st.map = (struct moe4_map){0}; /* not ours to unmap */
     moe4_safetensors_close(ctx, &st);
 }
 

@@ -311,7 +311,10 @@ typedef struct moe4_tensor {
 } moe4_tensor;
 
 /* Opens a model folder (config.json, optionally an index, .safetensors shards) or one .safetensors file (then without a config).
- * Files are mapped: a file changed or cut short while open can end the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
+ * Files are mapped, and must not be written to while open. Replacing (rename) or deleting one does no harm: the old bytes stay. One that
+ * has been written to or cut short is an IO error of moe4_moe_create_from_checkpoint and moe4_router_create_from_checkpoint, and a
+ * problem for verify, by its size and time of writing; what changes later is not seen, and reading pages that a file no longer has ends
+ * the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
  * tensor and numbers), UNSUPPORTED (a dtype moe4 has not), MEMORY; the log gets a line for each further shard that is malformed. An
  * unknown model family opens, and so does a folder without config.json; the calls that need it then say UNSUPPORTED or NOT_FOUND. */
 MOE4_API moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, const char *path);
@@ -416,7 +419,7 @@ typedef void (*moe4_problem_fn)(void *user, const char *name, const char *proble
 typedef int (*moe4_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_total);
 /* Reads every byte: companions, shapes, dtypes, scale bytes, global and input scales, non-finite bf16/f16/f32 values, and that every
  * layer has the experts, router, norms and attention that config.json promises. *n_problems_ret counts; the status is MOE4_OK when
- * the check itself could be done. Memory stays bounded: mapped pages are dropped behind. */
+ * the check itself could be done. It ends at a file that has changed. Memory stays bounded: mapped pages are dropped behind. */
 MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_ret, moe4_problem_fn problem,
                                             moe4_progress_fn progress, void *user);
 
@@ -500,7 +503,7 @@ typedef struct moe4_moe_options {
  * Errors: ARGUMENT (the expert and both numbers), MEMORY. */
 MOE4_API moe4_status moe4_moe_create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_expert *experts, const moe4_moe_options *options);
 /* A layer of a checkpoint; the activation is the family's, sizes, top_k and the limit come from config.json where options leaves 0. A dense
- * layer is one expert with top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create. */
+ * layer is one expert with top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create; IO (a file changed). */
 MOE4_API moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
                                                      const moe4_moe_options *options);
 MOE4_API void moe4_moe_destroy(moe4_moe *moe);

@@ -229,6 +229,11 @@ void moe4_checkpoint_close(moe4_checkpoint *ckpt) {
     moe4_free(ctx, ckpt);
 }
 
+moe4_status moe4_checkpoint_check_files(const moe4_checkpoint *ckpt) {
+    for (size_t i = 0; i < ckpt->n_shards; i++) MOE4_TRY(moe4_map_check(ckpt->ctx, &ckpt->shards[i].map, ckpt->shards[i].path));
+    return MOE4_OK;
+}
+
 /* ---- looking up ---- */
 
 size_t moe4_checkpoint_n_tensors(const moe4_checkpoint *ckpt) {

@@ -31,6 +31,8 @@ const moe4_tensor *moe4_checkpoint_lookup(const moe4_checkpoint *ckpt, const cha
 const moe4_tensor *moe4_checkpoint_at(const moe4_checkpoint *ckpt, size_t i);
 /* The tensor that holds all experts of a layer, where a checkpoint has such; NULL otherwise. Needs the config. */
 const moe4_tensor *moe4_fused_experts(const moe4_checkpoint *ckpt, size_t layer);
+/* OK unless a file is seen to have changed since it was opened: IO. */
+moe4_status moe4_checkpoint_check_files(const moe4_checkpoint *ckpt);
 /* OK when the family and its numbers are known; otherwise why not, as an error. */
 moe4_status moe4_checkpoint_need_config(const moe4_checkpoint *ckpt);
 

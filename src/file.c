@@ -23,13 +23,22 @@ static moe4_status map_descriptor(const moe4_ctx *ctx, struct moe4_map *map, con
     if (st.st_size == 0) return MOE4_OK;
     void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
     if (data == MAP_FAILED) return fail_errno(ctx, path, "cannot map");
-    map->data = data;
-    map->bytes = (size_t)st.st_size;
+    *map = (struct moe4_map){data, (size_t)st.st_size, (uint64_t)st.st_dev, (uint64_t)st.st_ino, st.st_mtim.tv_sec, st.st_mtim.tv_nsec};
+    return MOE4_OK;
+}
+
+moe4_status moe4_map_check(const moe4_ctx *ctx, const struct moe4_map *map, const char *path) {
+    struct stat st;
+    if (!map->bytes || stat(path, &st) != 0 || (uint64_t)st.st_dev != map->device || (uint64_t)st.st_ino != map->inode) return MOE4_OK;
+    MOE4_CHECK(ctx, (uintmax_t)st.st_size == map->bytes, MOE4_ERROR_IO, "%s: changed while open: %zu bytes, was %zu", path,
+               (size_t)st.st_size, map->bytes);
+    MOE4_CHECK(ctx, st.st_mtim.tv_sec == map->seconds && st.st_mtim.tv_nsec == map->nanoseconds, MOE4_ERROR_IO,
+               "%s: changed while open: written to, %zu bytes as before", path, map->bytes);
     return MOE4_OK;
 }
 
 moe4_status moe4_map_open(const moe4_ctx *ctx, struct moe4_map *map, const char *path) {
-    *map = (struct moe4_map){(const uint8_t *)"", 0};
+    *map = (struct moe4_map){.data = (const uint8_t *)""};
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang */
     if (fd < 0) return fail_errno(ctx, path, "cannot open");
     moe4_status status = map_descriptor(ctx, map, path, fd);
@@ -39,7 +48,7 @@ moe4_status moe4_map_open(const moe4_ctx *ctx, struct moe4_map *map, const char 
 
 void moe4_map_close(struct moe4_map *map) {
     if (map->bytes) munmap((void *)map->data, map->bytes);
-    *map = (struct moe4_map){(const uint8_t *)"", 0};
+    *map = (struct moe4_map){.data = (const uint8_t *)""};
 }
 
 void moe4_map_drop(const struct moe4_map *map, size_t offset, size_t bytes) {

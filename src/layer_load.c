@@ -1,7 +1,7 @@
 /* Layers and routers of a checkpoint: what moe4_moe_create and moe4_router_create want, found by layer number. */
 #include <string.h>
 
-#include "internal.h"
+#include "checkpoint.h"
 
 static moe4_status load_expert(const moe4_checkpoint *ckpt, moe4_expert *expert, size_t layer, int64_t number, moe4_activation activation) {
     *expert = (moe4_expert){0};
@@ -38,6 +38,7 @@ moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, c
     MOE4_CHECK(ctx, moe4_options_read(&o, sizeof o, options), MOE4_ERROR_ARGUMENT, "options: struct_size is wrong, or a field is unknown");
     moe4_model_info info = MOE4_MODEL_INFO_INIT;
     moe4_layer_kind kind;
+    MOE4_TRY(moe4_checkpoint_check_files(ckpt));
     MOE4_TRY(moe4_checkpoint_info(ckpt, &info));
     MOE4_TRY(moe4_checkpoint_layer_kind(ckpt, &kind, layer));
     MOE4_CHECK(ctx, kind != MOE4_LAYER_OTHER, MOE4_ERROR_ARGUMENT, "layer %zu is neither dense nor of experts", layer);
@@ -63,6 +64,7 @@ moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ct
     moe4_model_info info = MOE4_MODEL_INFO_INIT;
     moe4_weight gate;
     moe4_tensor bias, table;
+    MOE4_TRY(moe4_checkpoint_check_files(ckpt));
     MOE4_TRY(moe4_checkpoint_info(ckpt, &info));
     MOE4_TRY(moe4_checkpoint_router(ckpt, &gate, &bias, layer));
     MOE4_TRY(moe4_checkpoint_hash_table(ckpt, &table, layer));

@@ -190,8 +190,9 @@ moe4_status moe4_safetensors_open(const moe4_ctx *ctx, struct moe4_safetensors *
     *st = (struct moe4_safetensors){0};
     moe4_status status = moe4_map_open(ctx, &st->map, path);
     if (status == MOE4_OK) {
+        st->path = moe4_text_copy(ctx, path, strlen(path));
         st->file = moe4_text_copy(ctx, file, strlen(file));
-        status = st->file ? moe4_safetensors_parse(ctx, st) : MOE4_ERROR_MEMORY;
+        status = st->path && st->file ? moe4_safetensors_parse(ctx, st) : MOE4_ERROR_MEMORY;
     }
     if (status != MOE4_OK) {
         moe4_safetensors_close(ctx, st);
@@ -203,6 +204,7 @@ moe4_status moe4_safetensors_open(const moe4_ctx *ctx, struct moe4_safetensors *
 
 void moe4_safetensors_close(const moe4_ctx *ctx, struct moe4_safetensors *st) {
     moe4_map_close(&st->map);
+    moe4_free(ctx, st->path);
     moe4_free(ctx, st->file);
     moe4_free(ctx, st->tensors);
     moe4_free(ctx, st->names);

@@ -9,6 +9,7 @@
 
 struct moe4_safetensors {
     struct moe4_map map;
+    char *path;
     char *file;           /* name without folder, for sentences */
     moe4_tensor *tensors; /* in order of offset */
     size_t n_tensors;

@@ -112,9 +112,23 @@ static void report_sum(struct verify *v) {
            moe4_value_bits(c->t->data, c->rule.elem_bytes, c->first_bad), c->first_bad / cols, c->first_bad % cols);
 }
 
+/* Told once, before bytes are read that may be there no more. */
+static bool changed(struct verify *v, const struct moe4_safetensors *shard) {
+    moe4_begin(v->ckpt->ctx);
+    if (moe4_map_check(v->ckpt->ctx, &shard->map, shard->path) == MOE4_OK) return false;
+    report(v, shard->file, "%s", moe4_ctx_error(v->ckpt->ctx));
+    moe4_begin(v->ckpt->ctx);
+    return true;
+}
+
 /* Runs the window's tasks, adds up by tensor, and lets the pages go. */
 static void flush_window(struct verify *v, const struct moe4_safetensors *shard) {
     if (!v->n_chunks) return;
+    if (changed(v, shard)) {
+        v->n_chunks = v->window_bytes = 0;
+        v->stopped = true;
+        return;
+    }
     moe4_parallel_for(v->ckpt->ctx, v->n_chunks, count_chunk, v);
     for (size_t i = 0; i < v->n_chunks; i++) {
         const struct chunk *c = &v->chunks[i];
@@ -302,8 +316,11 @@ moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_r
     v->user = user;
     for (size_t s = 0; s < ckpt->n_shards; s++)
         for (size_t i = 0; i < ckpt->shards[s].n_tensors; i++) v->bytes_total += ckpt->shards[s].tensors[i].bytes;
-    check_complete(v);
-    check_modules(v);
+    for (size_t s = 0; s < ckpt->n_shards; s++) v->stopped |= changed(v, &ckpt->shards[s]);
+    if (!v->stopped) {
+        check_complete(v);
+        check_modules(v);
+    }
     moe4_status status = check_values(v);
     if (n_problems_ret && status == MOE4_OK) *n_problems_ret = v->n_problems;
     moe4_free(ckpt->ctx, v);

@@ -3,10 +3,12 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -637,6 +639,73 @@ static void test_fused_experts(void **state) {
     moe4_checkpoint_close(ckpt);
 }
 
+/* ---- files that change while open ---- */
+
+static void count_problem(void *user, const char *name, const char *problem) {
+    assert_string_equal(name, "model.safetensors");
+    assert_non_null(strstr(problem, "changed while open"));
+    ++*(int *)user;
+}
+
+/* Making a layer or a router, and verify, must all say so; nothing may read the file. */
+static void expect_changed(const moe4_checkpoint *ckpt, const char *words) {
+    moe4_moe *moe;
+    moe4_router *router;
+    uint64_t n = 99;
+    int told = 0;
+    assert_int_equal(moe4_moe_create_from_checkpoint(&moe, ctx, ckpt, 1, NULL), MOE4_ERROR_IO);
+    expect_words("layer", words);
+    assert_int_equal(moe4_router_create_from_checkpoint(&router, ctx, ckpt, 1, NULL), MOE4_ERROR_IO);
+    expect_words("router", words);
+    assert_int_equal(moe4_checkpoint_verify((moe4_checkpoint *)ckpt, &n, count_problem, NULL, &told), MOE4_OK);
+    assert_int_equal(n, 1);
+    assert_int_equal(told, 1);
+}
+
+static void expect_unchanged(const moe4_checkpoint *ckpt) {
+    moe4_moe *moe;
+    uint64_t n = 99;
+    if (moe4_moe_create_from_checkpoint(&moe, ctx, ckpt, 1, NULL) != MOE4_OK) fail_msg("%s", moe4_ctx_error(ctx));
+    moe4_moe_destroy(moe);
+    assert_int_equal(moe4_checkpoint_verify((moe4_checkpoint *)ckpt, &n, NULL, NULL, NULL), MOE4_OK);
+    assert_int_equal(n, 0);
+}
+
+static void test_changed_files(void **state) {
+    (void)state;
+    size_t bytes, config_bytes;
+    uint8_t *model = files_read(MODEL "/model.safetensors", &bytes);
+    char *config = (char *)files_read(MODEL "/config.json", &config_bytes), file[512], other[512];
+    files_text("config.json", config);
+    snprintf(file, sizeof file, "%s", files_path("model.safetensors"));
+    snprintf(other, sizeof other, "%s", files_path("other"));
+    for (int i = 0; i < 4; i++) {
+        moe4_checkpoint *ckpt;
+        char words[128] = "changed while open: written to";
+        files_write("model.safetensors", model, bytes);
+        assert_int_equal(moe4_checkpoint_open(&ckpt, ctx, files_path("")), MOE4_OK);
+        expect_unchanged(ckpt);
+        if (i == 0) { /* cut short */
+            assert_int_equal(truncate(file, (off_t)bytes / 2), 0);
+            snprintf(words, sizeof words, "model.safetensors: changed while open: %zu bytes, was %zu", bytes / 2, bytes);
+            expect_changed(ckpt, words);
+        } else if (i == 1) { /* written over; times may be as coarse as a second, so one long ago */
+            assert_int_equal(utimensat(AT_FDCWD, file, (struct timespec[]){{1, 0}, {1, 0}}, 0), 0);
+            expect_changed(ckpt, words);
+        } else if (i == 2) { /* replaced */
+            files_text("other", "no checkpoint");
+            assert_int_equal(rename(other, file), 0);
+            expect_unchanged(ckpt);
+        } else { /* deleted */
+            assert_int_equal(unlink(file), 0);
+            expect_unchanged(ckpt);
+        }
+        moe4_checkpoint_close(ckpt);
+    }
+    free(model);
+    free(config);
+}
+
 /* ---- threads ---- */
 
 static void *look_up_all(void *arg) {
@@ -718,7 +787,7 @@ int main(void) {
         TEST(test_families),      TEST(test_companions),
         TEST(test_experts),       TEST(test_routers),
         TEST(test_fused_experts), TEST(test_threads),
-        TEST(test_out_of_memory),
+        TEST(test_changed_files), TEST(test_out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
