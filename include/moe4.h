@@ -10,7 +10,12 @@
  * - A context and all that is made from it may be used by several threads at once; creating and destroying one object is for one
  *   thread, and a context outlives what was made from it.
  * - On failure moe4_ctx_error() has a sentence that names the thing and the numbers. It belongs to the calling thread.
- * - Option structs begin with struct_size; fill them with their _INIT. A NULL option struct means all defaults.
+ * - Option structs begin with struct_size; fill them with their _INIT, as the structs that come back (info, stats, report). A NULL option
+ *   struct means all defaults.
+ * - A pointer that may be NULL is said to; a NULL object is not looked for. Destroy, close and free ignore NULL, and no call that uses the
+ *   object may be under way.
+ * - `stream` is the device's, a cudaStream_t: the call's work is queued there, and NULL is the default stream. On the CPU it is not looked
+ *   at, and a call returns when its results are written.
  */
 #ifndef MOE4_H
 #define MOE4_H
@@ -84,28 +89,30 @@ typedef struct moe4_ctx_options {
 #define MOE4_CTX_OPTIONS_INIT \
     { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL }
 
-/* Makes a context. Errors: ARGUMENT (an ISA this CPU lacks, an unknown device, half an allocator), MEMORY, DEVICE (no plug-in, driver
- * or device, or one too old). As there is no context to
- * ask, the sentence goes to options->log. Destroy waits for nothing: no call may be under way. NULL is ignored. */
+/* Makes a context. Errors: ARGUMENT (an unknown ISA bit, an unknown device, half an allocator, more threads than 1024), MEMORY, DEVICE (no
+ * plug-in, driver or device, or one too old). As there is no context to ask, the sentence goes to options->log. */
 MOE4_API moe4_status moe4_ctx_create(moe4_ctx **ctx_ret, const moe4_ctx_options *options);
 MOE4_API void moe4_ctx_destroy(moe4_ctx *ctx);
 
 /* The sentence about the calling thread's last failed call in this context, or "". Valid until that thread's next call. */
 MOE4_API const char *moe4_ctx_error(const moe4_ctx *ctx);
 
-/* Memory for the buffers of forward calls: the device's in a context on a device, otherwise the context allocator's. Copy takes either
- * kind on either side, in `stream`'s order, and returns when it is done. Forward calls on a device take device memory only, but weights
- * may be in either. Errors: ARGUMENT, MEMORY (bytes asked for and free), DEVICE. */
+/* Memory for the buffers of forward calls: the device's in a context on a device, otherwise the context allocator's. At a multiple of 64
+ * bytes; 0 bytes are fine. Free is for what alloc of the same context gave. Copy takes either kind of memory on either side, in `stream`'s
+ * order, and returns when it is done. Forward calls on a device take device memory only, but weights may be in either. Errors: ARGUMENT,
+ * MEMORY (bytes asked for and free), DEVICE. */
 MOE4_API moe4_status moe4_memory_alloc(moe4_ctx *ctx, void **data_ret, size_t bytes);
 MOE4_API void moe4_memory_free(moe4_ctx *ctx, void *data);
 MOE4_API moe4_status moe4_memory_copy(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream);
 
+/* Threads that a call may run on, the calling one among them. */
 MOE4_API size_t moe4_ctx_n_threads(const moe4_ctx *ctx);
 /* The ISA in use ("avx2") and why that one ("best of scalar, avx2 on this CPU"); owned by the context. */
 MOE4_API const char *moe4_ctx_isa(const moe4_ctx *ctx);
 MOE4_API const char *moe4_ctx_isa_reason(const moe4_ctx *ctx);
 /* fn(arg, task) once for each task < n_tasks on the context's threads, the calling one among them; returns when all are done. For what an
- * engine computes between layers, without a second pool. Which thread takes which task is not fixed: tasks write to places of their own. */
+ * engine computes between layers, without a second pool. Which thread takes which task is not fixed: tasks write to places of their own.
+ * Any number of threads may be in it at once. */
 typedef void (*moe4_task_fn)(void *arg, size_t task);
 MOE4_API void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg);
 /* The isa_mask for a name as moe4_ctx_isa gives it: that ISA and all below. 0 for an unknown name. */
@@ -197,11 +204,12 @@ MOE4_API moe4_status moe4_nvfp4_quantize(moe4_ctx *ctx, uint8_t *codes, uint8_t 
                                          const moe4_quantize_options *options);
 
 /* y[rows, cols] = the values of codes and scales; `global` as options would store it (one, or [rows] with per_row), y F32, BF16 or F16,
- * rounded once. Errors: ARGUMENT; FORMAT for a scale byte that is NaN or signed (row and block). */
+ * rounded once. Errors: ARGUMENT (as quantize; no options->global); FORMAT for a scale byte that is NaN or signed (row and block). */
 MOE4_API moe4_status moe4_nvfp4_dequantize(moe4_ctx *ctx, void *y, moe4_dtype y_dtype, size_t y_ld, const uint8_t *codes,
                                            const uint8_t *scales, size_t rows, size_t cols, const moe4_quantize_options *options);
 
-/* *amax_ret = largest |x| of x[rows, cols]; a NaN or Inf anywhere makes it NaN or Inf. x is F32, BF16 or F16. 0 for an empty x. */
+/* *amax_ret = largest |x| of x[rows, cols]; a NaN or Inf anywhere makes it NaN or Inf. x is F32, BF16 or F16. 0 for an empty x.
+ * Errors: ARGUMENT. */
 MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, moe4_dtype x_dtype, size_t rows, size_t cols, size_t x_ld);
 
 /* ---- weights ----------------------------------------------------------------------------------------------------------------- */
@@ -318,14 +326,17 @@ typedef struct moe4_tensor {
  * tensor and numbers), UNSUPPORTED (a dtype moe4 has not), MEMORY; the log gets a line for each further shard that is malformed. An
  * unknown model family opens, and so does a folder without config.json; the calls that need it then say UNSUPPORTED or NOT_FOUND. */
 MOE4_API moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, const char *path);
+/* What points into it (tensors, weights, strings) and objects made from it must be gone. */
 MOE4_API void moe4_checkpoint_close(moe4_checkpoint *ckpt);
 
 MOE4_API size_t moe4_checkpoint_n_tensors(const moe4_checkpoint *ckpt);
 MOE4_API size_t moe4_checkpoint_n_files(const moe4_checkpoint *ckpt);
-/* Tensor i, 0 <= i < n_tensors, in order of file, then of offset. */
+/* Tensor i, 0 <= i < n_tensors, in order of file, then of offset; and the one of that name. What tensor_ret points to lives
+ * until close. Errors: ARGUMENT (i and n_tensors), NOT_FOUND. */
 MOE4_API moe4_status moe4_checkpoint_tensor(const moe4_checkpoint *ckpt, moe4_tensor *tensor_ret, size_t i);
 MOE4_API moe4_status moe4_checkpoint_find(const moe4_checkpoint *ckpt, moe4_tensor *tensor_ret, const char *name);
-/* config.json as it stands, bytes_ret (or NULL) its length; "" for a single file. */
+/* config.json as it stands, bytes_ret (or NULL) its length; "" for a single file.
+ * Owned by the checkpoint. */
 MOE4_API const char *moe4_checkpoint_config(const moe4_checkpoint *ckpt, size_t *bytes_ret);
 
 /* What stands between gate/up and down; the exact formulas are in docs/numerics.md. */
@@ -413,13 +424,14 @@ MOE4_API moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_we
  * any other layer. Errors: as moe4_checkpoint_router. */
 MOE4_API moe4_status moe4_checkpoint_hash_table(const moe4_checkpoint *ckpt, moe4_tensor *table_ret, size_t layer);
 
-/* Called for every problem: the tensor or file concerned, and a sentence. */
+/* Called for every problem: the tensor or file concerned, and a sentence, both gone after the call. */
 typedef void (*moe4_problem_fn)(void *user, const char *name, const char *problem);
 /* Called now and then; returning non-zero stops verify, which then returns MOE4_OK with what it has counted. */
 typedef int (*moe4_progress_fn)(void *user, uint64_t bytes_done, uint64_t bytes_total);
 /* Reads every byte: companions, shapes, dtypes, scale bytes, global and input scales, non-finite bf16/f16/f32 values, and that every
  * layer has the experts, router, norms and attention that config.json promises. *n_problems_ret counts; the status is MOE4_OK when
- * the check itself could be done. It ends at a file that has changed. Memory stays bounded: mapped pages are dropped behind. */
+ * the check itself could be done. It ends at a file that has changed. Memory stays bounded: mapped pages are dropped behind. Callbacks may
+ * be NULL; they run on the calling thread, one at a time. Errors: ARGUMENT, MEMORY. */
 MOE4_API moe4_status moe4_checkpoint_verify(moe4_checkpoint *ckpt, uint64_t *n_problems_ret, moe4_problem_fn problem,
                                             moe4_progress_fn progress, void *user);
 
@@ -438,6 +450,7 @@ MOE4_API moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret
                                                         const moe4_router_options *options);
 MOE4_API void moe4_router_destroy(moe4_router *router);
 
+/* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_router_workspace_bytes(const moe4_router *router, size_t *bytes_ret, size_t n_tokens);
 /* What a router wants to know of the tokens besides x; all [T]. */
 typedef struct moe4_router_tokens {
@@ -453,7 +466,7 @@ typedef struct moe4_router_tokens {
  * where nothing in it is needed. Errors: ARGUMENT (a token id outside the table: the token and both numbers). */
 MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x,
                                          const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream);
-/* The same from logits [T,E] fp32, contiguous; needs no workspace. */
+/* The same from logits [T,E] fp32, contiguous; needs no workspace. Errors: as forward. */
 MOE4_API moe4_status moe4_router_select(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const float *logits,
                                         const moe4_router_tokens *tokens, size_t n_tokens, void *stream);
 
@@ -508,7 +521,7 @@ MOE4_API moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ct
                                                      const moe4_moe_options *options);
 MOE4_API void moe4_moe_destroy(moe4_moe *moe);
 
-/* The mode DEFAULT came to mean. */
+/* The mode the layer runs: what DEFAULT came to mean, or the one asked for. */
 MOE4_API moe4_act moe4_moe_act(const moe4_moe *moe);
 /* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_tokens);
@@ -532,7 +545,9 @@ MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *
  * 0, never falling, at most n_rows. With row_token NULL y is [n_rows,hidden], row for row, weighted, not summed; rows past the last offset
  * are not written. Otherwise y is [n_tokens,hidden] and row r is added to y[row_token[r]] in order of r (int32 [n_rows]; negative:
  * dropped); tokens without a row get zeros. batched: x and y are [n_local, max_rows, hidden] with counts[e] rows each (int32 [n_local],
- * host memory); the others are not touched. Errors: ARGUMENT (an offset, count or token out of range: which, and both numbers). */
+ * host memory), weights [n_local, max_rows]; the others are not touched. Their workspace is that of n_rows = n_local * max_rows and
+ * n_tokens 0; sorted rows without row_token have n_tokens 0 too. Allocates nothing. Errors: ARGUMENT (an offset, count or token out of
+ * range: which, and both numbers). */
 MOE4_API moe4_status moe4_moe_rows_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_rows, size_t n_tokens);
 MOE4_API moe4_status moe4_moe_forward_sorted(const moe4_moe *moe, void *y, const void *x, const int32_t *offsets, const float *weights,
                                              const int32_t *row_token, size_t n_rows, size_t n_tokens, const moe4_workspace *workspace,
@@ -553,6 +568,7 @@ typedef enum moe4_stage {
     MOE4_STAGE_COMBINE,
     MOE4_N_STAGES
 } moe4_stage;
+/* "gate/up", static; "?" for none. */
 MOE4_API const char *moe4_stage_name(moe4_stage stage);
 
 typedef struct moe4_moe_report {
@@ -572,7 +588,8 @@ typedef struct moe4_moe_report {
         }                                            \
     }
 
-/* What the last forward with this workspace did; tokens_per_expert [n_local] or NULL. On a device it waits for the stream. */
+/* What the last forward with this workspace did; tokens_per_expert [n_local] in host memory, or NULL. Errors: ARGUMENT
+ * (a workspace that is none), DEVICE. On a device it waits for the stream. */
 MOE4_API moe4_status moe4_moe_report_read(const moe4_moe *moe, moe4_moe_report *report_ret, uint64_t *tokens_per_expert,
                                           const moe4_workspace *workspace, void *stream);
 
@@ -595,9 +612,10 @@ typedef struct moe4_linear_options {
 MOE4_API moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_weights,
                                         const moe4_linear_options *options);
 MOE4_API void moe4_linear_destroy(moe4_linear *linear);
+/* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size_t *bytes_ret, size_t n_tokens);
 /* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's. n_saturated_ret (or NULL; host memory) counts
- * saturated blocks of x, once for all matrices. */
+ * saturated blocks of x, once for all matrices. Errors: ARGUMENT (a NULL, a workspace too small: both numbers). */
 MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x,
                                          size_t n_tokens, const moe4_workspace *workspace, void *stream);
 
@@ -625,8 +643,10 @@ typedef struct moe4_grouped_options {
 MOE4_API moe4_status moe4_grouped_create(moe4_grouped **grouped_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_groups,
                                          const moe4_grouped_options *options);
 MOE4_API void moe4_grouped_destroy(moe4_grouped *grouped);
+/* Bytes that forward needs for up to n_rows. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_grouped_workspace_bytes(const moe4_grouped *grouped, size_t *bytes_ret, size_t n_rows);
-/* offsets int32 [n_groups + 1] in host memory as for moe4_moe_forward_sorted. Properties as moe4_moe_forward's. */
+/* offsets int32 [n_groups + 1] in host memory as for moe4_moe_forward_sorted. Properties as moe4_moe_forward's; n_saturated_ret
+ * as moe4_linear_forward's. Errors: ARGUMENT (an offset: which, and both numbers; a workspace too small: both numbers). */
 MOE4_API moe4_status moe4_grouped_forward(const moe4_grouped *grouped, void *y, uint64_t *n_saturated_ret, const void *x,
                                           const int32_t *offsets, size_t n_rows, const moe4_workspace *workspace, void *stream);
 
