@@ -6,12 +6,13 @@
 
 #include "cli_lm.h"
 #include "quantize/quantize.h"
+#include "quantize/speed.h"
 
 #define DEFAULT_SHARD_BYTES 5000000000u /* Hugging Face's 5GB */
 
 struct options {
     const char *recipe, *calibrate, *shard_size;
-    bool four_over_six, search, resume;
+    bool four_over_six, search, resume, measure;
     struct cli_list exclude;
     struct cli_common common;
 };
@@ -53,19 +54,39 @@ static void show_progress(void *user, const char *step, uint64_t done, uint64_t 
     if (done == total) cli_progress_finish(progress);
 }
 
-static int print_json(const struct quantize_report *r, const char *out, const struct quantize_options *o) {
+/* How fast it was, and with --measure beside what memory and disk can do. */
+struct speed {
+    double rate, memory, disk, share; /* bytes a second; share of the slower of the two; 0: not measured */
+};
+
+static struct speed measure(struct lm *lm, const struct quantize_report *r, const char *out, bool ceilings) {
+    struct speed s = {.rate = r->seconds > 0 ? (double)(r->bytes_read + r->bytes_written) / r->seconds : 0};
+    if (ceilings) {
+        s.memory = quantize_memory_rate(lm);
+        s.disk = quantize_disk_rate(out);
+    }
+    if (s.memory > 0 && s.disk > 0) s.share = s.rate / (s.memory < s.disk ? s.memory : s.disk);
+    return s;
+}
+
+static json_t *measured(double x) {
+    return x > 0 ? json_real(x) : json_null();
+}
+
+static int print_json(const struct quantize_report *r, const struct speed *s, const char *out, const struct quantize_options *o) {
     json_t *calibration = json_null();
     if (o->calibrate)
         calibration = json_pack("{s:I, s:I, s:I}", "tokens", (json_int_t)r->n_tokens, "expert_inputs", (json_int_t)r->n_inputs,
                                 "expert_inputs_unreached", (json_int_t)r->n_unreached);
-    return cli_print_json(json_pack("{s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:o}", "model", cli_json_text(out), "quantized",
-                                    (json_int_t)r->n_quantized, "left", (json_int_t)r->n_left, "copied", (json_int_t)r->n_copied, "shards",
-                                    (json_int_t)r->n_shards, "shards_kept", (json_int_t)r->n_shards_kept, "bytes_read",
-                                    (json_int_t)r->bytes_read, "bytes_written", (json_int_t)r->bytes_written, "seconds", r->seconds,
-                                    "calibration", calibration));
+    return cli_print_json(json_pack(
+        "{s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o}", "model", cli_json_text(out), "quantized",
+        (json_int_t)r->n_quantized, "left", (json_int_t)r->n_left, "copied", (json_int_t)r->n_copied, "shards", (json_int_t)r->n_shards,
+        "shards_kept", (json_int_t)r->n_shards_kept, "bytes_read", (json_int_t)r->bytes_read, "bytes_written", (json_int_t)r->bytes_written,
+        "seconds", r->seconds, "bytes_per_second", s->rate, "memory_bytes_per_second", measured(s->memory), "disk_bytes_per_second",
+        measured(s->disk), "share_of_slower", measured(s->share), "calibration", calibration));
 }
 
-static int print_table(const struct quantize_report *r, const struct quantize_options *o) {
+static int print_table(const struct quantize_report *r, const struct speed *s, const struct quantize_options *o) {
     char text[24];
     printf("%-18s %zu matrices\n", "quantized", r->n_quantized);
     if (r->n_left) printf("%-18s %zu linear layers, as they were\n", "left", r->n_left);
@@ -74,15 +95,20 @@ static int print_table(const struct quantize_report *r, const struct quantize_op
     if (r->n_shards_kept) printf(", %zu of them complete before", r->n_shards_kept);
     printf("\n%-18s %s\n", "read", cli_bytes(text, r->bytes_read));
     printf("%-18s %s\n", "written", cli_bytes(text, r->bytes_written));
-    printf("%-18s %.2f, %s/s\n", "seconds", r->seconds,
-           cli_bytes(text, r->seconds > 0 ? (uint64_t)((double)(r->bytes_read + r->bytes_written) / r->seconds) : 0));
+    printf("%-18s %.2f, %s/s", "seconds", r->seconds, cli_bytes(text, (uint64_t)s->rate));
+    if (s->share > 0) {
+        char disk[24];
+        printf("; memory reads %s/s,", cli_bytes(text, (uint64_t)s->memory));
+        printf(" the disk writes %s/s: %.0f %% of the slower", cli_bytes(disk, (uint64_t)s->disk), 100 * s->share);
+    }
+    putchar('\n');
     if (o->calibrate && r->n_tokens)
         printf("%-18s %zu tokens; %zu of %zu experts' inputs reached by none: they have their layer's largest\n", "calibrated on",
                r->n_tokens, r->n_unreached, r->n_inputs);
     return CLI_FINE;
 }
 
-static int quantize(const char *const *paths, const struct quantize_options *o, const struct cli_common *common) {
+static int quantize(const char *const *paths, const struct quantize_options *o, bool ceilings, const struct cli_common *common) {
     struct cli_lm m = {.model = NULL};
     struct quantize_report report;
     int exit_status = cli_open_ctx(&m.lm.ctx, common);
@@ -93,10 +119,12 @@ static int quantize(const char *const *paths, const struct quantize_options *o, 
     options.progress_user = &progress;
     moe4_status status = quantize_run(&m.lm, &report, paths[0], paths[1], &options);
     cli_progress_finish(&progress);
-    if (status != MOE4_OK)
+    if (status != MOE4_OK) {
         exit_status = cli_lm_fail(&m, status, "quantize");
-    else
-        exit_status = common->json ? print_json(&report, paths[1], o) : print_table(&report, o);
+    } else {
+        struct speed speed = measure(&m.lm, &report, paths[1], ceilings);
+        exit_status = common->json ? print_json(&report, &speed, paths[1], o) : print_table(&report, &speed, o);
+    }
     cli_lm_close(&m);
     return exit_status;
 }
@@ -111,6 +139,7 @@ int cmd_quantize(int argc, char **argv) {
         {"exclude", CLI_LIST, &o.exclude, "PATTERN", "leave modules of this name as they are; * matches anything; may be repeated"},
         {"max-shard-size", CLI_TEXT, &o.shard_size, "SIZE", "begin a new file past this, as 5G, 500M or 2GiB (5G)"},
         {"resume", CLI_FLAG, &o.resume, NULL, "go on where a run that was interrupted stopped"},
+        {"measure", CLI_FLAG, &o.measure, NULL, "then measure memory and disk, and set the speed beside them"},
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {
@@ -144,5 +173,5 @@ int cmd_quantize(int argc, char **argv) {
     if (o.shard_size && !size_from_text(&options.max_shard_bytes, o.shard_size))
         return cli_error(CLI_BAD_USAGE, "--max-shard-size", "\"%s\" is not a size such as 5G, 500M or 2GiB", o.shard_size);
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error like a full disk */
-    return quantize(paths, &options, &o.common);
+    return quantize(paths, &options, o.measure, &o.common);
 }

@@ -14,6 +14,7 @@ static const struct cli_command commands[] = {
     {"generate", "continue a text with a model", cmd_generate},
     {"bench", "time a layer beside what the machine can do", cmd_bench},
     {"quantize", "make an NVFP4 checkpoint from an unquantized one", cmd_quantize},
+    {"compare", "say what quantizing cost, matrix by matrix", cmd_compare},
     {NULL, NULL, NULL},
 };
 

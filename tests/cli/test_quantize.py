@@ -203,6 +203,15 @@ class Quantize(CliCase):
         self.assertIn("model.layers.0.mlp.up_proj", ignore)
         self.assertIn("model.layers.0.self_attn.o_proj", ignore)
 
+    def test_measured_speed(self):
+        said = self.json("quantize", self.experts(), self.folder / "out", "--measure")
+        rate = (said["bytes_read"] + said["bytes_written"]) / said["seconds"]
+        self.assertAlmostEqual(said["bytes_per_second"] / rate, 1, places=6)
+        if said["disk_bytes_per_second"]:  # not every file system has files without names
+            slower = min(said["disk_bytes_per_second"], said["memory_bytes_per_second"])
+            self.assertAlmostEqual(said["share_of_slower"] * slower / rate, 1, places=6)
+        self.assertNotIn("tmp", "".join(contents(self.folder / "out")))
+
     def test_layers_past_the_models_stay(self):
         model = self.tiny(**{"model.layers.2.mlp.up_proj.weight": ("F32", [16, 32], [1.0] * 512)})  # of multi-token prediction
         made = raw_tensors(self.quantize(model.folder, "out") / "model.safetensors")[0]
