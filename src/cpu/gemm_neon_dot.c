@@ -12,20 +12,17 @@
 #include <arm_neon.h>
 #include <string.h>
 
-/* What the whole file is compiled for may have them already, and more. */
-#if defined(__ARM_FEATURE_DOTPROD)
-#define DOT
-#elif defined(__clang__)
+/* Every function here has one of these targets, I8MM with all that DOT has: only so can one be inlined into the other, whatever the file
+ * is compiled for. */
+#if defined(__clang__)
 #define DOT __attribute__((target("dotprod")))
+#define I8MM __attribute__((target("dotprod,i8mm")))
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DOT
+#define I8MM __attribute__((target("+i8mm")))
 #else
 #define DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#endif
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-#define I8MM
-#elif defined(__clang__)
-#define I8MM __attribute__((target("i8mm")))
-#else
-#define I8MM __attribute__((target("arch=armv8.2-a+i8mm")))
+#define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -46,12 +43,12 @@ static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
 #define SCALE_BIAS 96
 #define LAST_FACTOR 0x1p19f
 
-INLINE int8x16_t zip_words(int8x16_t a, int8x16_t b, const int high) {
+INLINE DOT int8x16_t zip_words(int8x16_t a, int8x16_t b, const int high) {
     const int32x4_t x = vreinterpretq_s32_s8(a), y = vreinterpretq_s32_s8(b);
     return vreinterpretq_s8_s32(high ? vzip2q_s32(x, y) : vzip1q_s32(x, y));
 }
 
-INLINE int8x16_t zip_halves(int8x16_t a, int8x16_t b, const int high) {
+INLINE DOT int8x16_t zip_halves(int8x16_t a, int8x16_t b, const int high) {
     const int64x2_t x = vreinterpretq_s64_s8(a), y = vreinterpretq_s64_s8(b);
     return vreinterpretq_s8_s64(high ? vzip2q_s64(x, y) : vzip1q_s64(x, y));
 }
@@ -62,7 +59,7 @@ struct block {
     float32x4_t scale;
 };
 
-INLINE struct block decode(const struct moe4_tile16 *tile, const int b, const int group) {
+INLINE DOT struct block decode(const struct moe4_tile16 *tile, const int b, const int group) {
     const int8x16_t table = vld1q_s8(twice);
     const uint8x16_t nibble = vdupq_n_u8(15);
     const uint8x16_t x = vld1q_u8(tile->code[b][0] + 16 * group), z = vld1q_u8(tile->code[b][1] + 16 * group);
@@ -75,11 +72,11 @@ INLINE struct block decode(const struct moe4_tile16 *tile, const int b, const in
     };
 }
 
-INLINE float32x4_t add(float32x4_t acc, int32x4_t s, float32x4_t w_scale, float a_scale) {
+INLINE DOT float32x4_t add(float32x4_t acc, int32x4_t s, float32x4_t w_scale, float a_scale) {
     return vfmaq_n_f32(acc, vmulq_f32(vcvtq_f32_s32(s), w_scale), a_scale);
 }
 
-INLINE void store(float *y, const float32x4_t acc[4], uint16_t cols) {
+INLINE DOT void store(float *y, const float32x4_t acc[4], uint16_t cols) {
     float out[16];
 #pragma GCC unroll 4
     for (int g = 0; g < 4; g++) vst1q_f32(out + 4 * g, vmulq_n_f32(acc[g], LAST_FACTOR));
@@ -203,7 +200,7 @@ static size_t row_bytes(size_t k) {
 }
 
 /* One chunk from 32 bytes of codes and 4 scales. */
-static void pack_chunk(void *chunk, const uint8_t codes[32], const uint8_t scales[4]) {
+DOT static void pack_chunk(void *chunk, const uint8_t codes[32], const uint8_t scales[4]) {
     struct chunk *a = chunk;
     const int8x16_t table = vld1q_s8(twice);
     for (int b = 0; b < 4; b += 2) {
