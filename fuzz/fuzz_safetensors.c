@@ -11,7 +11,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 static moe4_ctx *ctx;
 
 static void parse(const uint8_t *data, size_t size) {
-    struct moe4_safetensors st = {.map = {data, size}};
+    struct moe4_safetensors st = {.map = {.data = data, .bytes = size}};
     st.file = moe4_text_copy(ctx, "input", 5);
     moe4_begin(ctx);
     moe4_status status = moe4_safetensors_parse(ctx, &st);
