@@ -184,17 +184,42 @@ static void test_short_report(void **state) {
 
 /* ---- threads ---- */
 
+enum { STORM_T = 3, STORM_N = 16, STORM_K = 64 };
+struct storm_weights {
+    moe4_weight good, bad;
+    float x[STORM_T * STORM_K], want[STORM_T * STORM_N];
+};
+
+/* MOE4_SOAK=SECONDS: how long each of these goes on, for a longer run by hand. */
+static bool soak(const struct timespec *begin) {
+    const char *seconds = getenv("MOE4_SOAK");
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return seconds && now.tv_sec - begin->tv_sec < atoi(seconds);
+}
+
 static void *storm(void *arg) {
-    (void)arg;
-    for (int i = 0; i < 25; i++) {
+    const struct storm_weights *w = arg;
+    struct timespec begin;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int i = 0; i < 25 || soak(&begin); i++) {
         moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
         o.n_threads = 1 + (size_t)i % 4;
         moe4_ctx *ctx;
         moe4_linear *l;
-        moe4_weight w = {.dtype = MOE4_NVFP4, .rows = 16, .cols = 24, .data = &o, .scale = (const uint8_t *)&o, .global = 1};
         assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-        assert_int_equal(moe4_linear_create(&l, ctx, &w, 1, NULL), MOE4_ERROR_ARGUMENT);
+        assert_int_equal(moe4_linear_create(&l, ctx, &w->bad, 1, NULL), MOE4_ERROR_ARGUMENT);
         assert_non_null(strstr(moe4_ctx_error(ctx), "24 columns"));
+        OK(ctx, moe4_linear_create(&l, ctx, &w->good, 1, NULL));
+        _Alignas(64) char scratch[1 << 14];
+        moe4_workspace ws = {scratch, 0};
+        float y[STORM_T * STORM_N];
+        void *const to[] = {y};
+        OK(ctx, moe4_linear_workspace_bytes(l, &ws.bytes, STORM_T));
+        assert_true(ws.bytes <= sizeof scratch);
+        OK(ctx, moe4_linear_forward(l, to, NULL, w->x, STORM_T, &ws, NULL));
+        assert_memory_equal(y, w->want, sizeof y);
+        moe4_linear_destroy(l);
         moe4_ctx_destroy(ctx);
     }
     return NULL;
@@ -202,9 +227,26 @@ static void *storm(void *arg) {
 
 static void test_contexts_in_a_storm(void **state) {
     (void)state;
+    static struct storm_weights w;
+    moe4_ctx *ctx;
+    moe4_linear *l;
     pthread_t t[8];
-    for (int i = 0; i < 8; i++) assert_int_equal(pthread_create(&t[i], NULL, storm, NULL), 0);
+    w.good = w.bad = ref_random_weight(MOE4_NVFP4, STORM_N, STORM_K);
+    w.bad.cols = 24;
+    for (int i = 0; i < STORM_T * STORM_K; i++) w.x[i] = ref_normal();
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    OK(ctx, moe4_linear_create(&l, ctx, &w.good, 1, NULL));
+    moe4_workspace ws;
+    void *const to[] = {w.want};
+    OK(ctx, moe4_linear_workspace_bytes(l, &ws.bytes, STORM_T));
+    ws.data = aligned_alloc(64, (ws.bytes + 63) / 64 * 64);
+    OK(ctx, moe4_linear_forward(l, to, NULL, w.x, STORM_T, &ws, NULL));
+    free(ws.data);
+    moe4_linear_destroy(l);
+    moe4_ctx_destroy(ctx);
+    for (int i = 0; i < 8; i++) assert_int_equal(pthread_create(&t[i], NULL, storm, &w), 0);
     for (int i = 0; i < 8; i++) pthread_join(t[i], NULL);
+    ref_free_weight(&w.good);
 }
 
 enum { CALLERS = 8, TOKENS = 12, HIDDEN = 256, TOP_K = 6 };
@@ -215,21 +257,21 @@ struct caller {
     const moe4_moe *layer;
     const uint16_t *x;
     const uint16_t *want;
-    int rounds;
+    size_t n_tokens; /* of each call; a token's result does not depend on the others */
 };
 
 static void call(const struct caller *c, uint16_t *y, const moe4_workspace *ws) {
     int32_t ids[TOKENS * TOP_K];
     float weights[TOKENS * TOP_K];
-    OK(c->ctx, moe4_router_forward(c->router, ids, weights, c->x, NULL, TOKENS, ws, NULL));
-    OK(c->ctx, moe4_moe_forward(c->layer, y, c->x, ids, weights, TOKENS, ws, NULL));
+    OK(c->ctx, moe4_router_forward(c->router, ids, weights, c->x, NULL, c->n_tokens, ws, NULL));
+    OK(c->ctx, moe4_moe_forward(c->layer, y, c->x, ids, weights, c->n_tokens, ws, NULL));
 }
 
 static moe4_workspace caller_workspace(const struct caller *c) {
     moe4_workspace ws;
     size_t for_router;
-    OK(c->ctx, moe4_router_workspace_bytes(c->router, &for_router, TOKENS));
-    OK(c->ctx, moe4_moe_workspace_bytes(c->layer, &ws.bytes, TOKENS));
+    OK(c->ctx, moe4_router_workspace_bytes(c->router, &for_router, c->n_tokens));
+    OK(c->ctx, moe4_moe_workspace_bytes(c->layer, &ws.bytes, c->n_tokens));
     if (for_router > ws.bytes) ws.bytes = for_router;
     ws.data = aligned_alloc(64, (ws.bytes + 63) / 64 * 64);
     return ws;
@@ -239,19 +281,19 @@ static void *call_often(void *arg) {
     const struct caller *c = arg;
     uint16_t y[TOKENS * HIDDEN];
     moe4_workspace ws = caller_workspace(c);
-    for (int i = 0; i < c->rounds; i++) {
+    struct timespec begin;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int i = 0; i < 20 || soak(&begin); i++) {
         call(c, y, &ws);
-        assert_memory_equal(y, c->want, sizeof y);
+        assert_memory_equal(y, c->want, c->n_tokens * HIDDEN * sizeof *y);
     }
     free(ws.data);
     return NULL;
 }
 
-/* MOE4_SOAK=N multiplies the rounds, for a longer run by hand. */
 static void test_eight_threads_on_one_layer(void **state) {
     (void)state;
-    const char *soak = getenv("MOE4_SOAK");
-    struct caller c = {.rounds = 20 * (soak ? atoi(soak) : 1)};
+    struct caller c = {.n_tokens = TOKENS}, callers[CALLERS];
     moe4_ctx_options co = MOE4_CTX_OPTIONS_INIT;
     moe4_router_options ro = MOE4_ROUTER_OPTIONS_INIT;
     moe4_checkpoint *model;
@@ -270,7 +312,11 @@ static void test_eight_threads_on_one_layer(void **state) {
     call(&c, want, &ws);
     free(ws.data);
     pthread_t t[CALLERS];
-    for (int i = 0; i < CALLERS; i++) assert_int_equal(pthread_create(&t[i], NULL, call_often, &c), 0);
+    for (int i = 0; i < CALLERS; i++) {
+        callers[i] = c;
+        callers[i].n_tokens = i % 2 ? TOKENS : 1 + (size_t)i;
+        assert_int_equal(pthread_create(&t[i], NULL, call_often, &callers[i]), 0);
+    }
     for (int i = 0; i < CALLERS; i++) pthread_join(t[i], NULL);
     moe4_moe_destroy(layer);
     moe4_router_destroy(router);
