@@ -74,6 +74,13 @@ def main():
              "x.weight_scale": ("F8_E4M3", [1, 1], None), "x.weight_global_scale": ("F32", [1], ONE),
              "y.weight": ("F8_E4M3", [1, 1], None), "y.weight_scale_inv": ("F32", [1, 1], ONE)}  # fmt: skip
     files["checkpoint/others"] = folder({**qwen, "model_type": "deepseek_v3"}, None, safetensors(fused))
+    files["config/all-defaults"] = bytes(64)
+    for i in range(8):
+        files[f"config/family-{i}"] = bytes([i % 2, i]) + bytes(62)
+    deepseek = glm(True)[0] | {"model_type": "deepseek_v3", "q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 2,
+                               "qk_rope_head_dim": 2, "v_head_dim": 2}  # fmt: skip
+    for name, config in {"glm": glm(True)[0], "qwen": qwen, "deepseek": deepseek, "nested": {"text_config": qwen}}.items():
+        files[f"config/{name}"] = json.dumps(config).encode()
     for name, data in files.items():
         path = CORPUS / name
         path.parent.mkdir(parents=True, exist_ok=True)
