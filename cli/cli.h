@@ -77,6 +77,8 @@ struct cli_common {
 };
 /* --device names something other than the CPU. */
 bool cli_on_device(const struct cli_common *common);
+#define CLI_DEVICE_OPTION(c) \
+    { "device", CLI_TEXT, &(c)->device, "DEVICE", "cpu (default), cuda or cuda:N" }
 #define CLI_COMMON_OPTIONS(c)                                                                                           \
     {"threads", CLI_SIZE, &(c)->n_threads, "N", "use N threads (all that this process may use)"},                       \
         {"isa", CLI_TEXT, &(c)->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"}, { \

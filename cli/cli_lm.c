@@ -1,5 +1,6 @@
 #include "cli_lm.h"
 
+#include <stdio.h>
 #include <string.h>
 
 int cli_lm_fail(const struct cli_lm *m, moe4_status status, const char *what) {
@@ -16,8 +17,13 @@ int cli_lm_open(struct cli_lm *m, const char *path, const char *act, const struc
         return cli_error(CLI_BAD_USAGE, "--act", "\"%s\" is unknown (moe4 has: w4a16, static, tensor, token, bf16)", act);
     int exit_status = cli_open_ctx(&m->lm.ctx, common);
     if (exit_status != CLI_FINE) return exit_status;
+    if (cli_on_device(common)) snprintf(m->products, sizeof m->products, "%s, the rest on ", moe4_ctx_device(m->lm.ctx));
     moe4_status status = lm_model_open(&m->model, &m->lm, path, mode);
     return status == MOE4_OK ? CLI_FINE : cli_lm_fail(m, status, path);
+}
+
+const char *cli_lm_products(const struct cli_lm *m) {
+    return m->products;
 }
 
 void cli_lm_close(struct cli_lm *m) {

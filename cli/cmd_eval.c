@@ -34,11 +34,12 @@ static void show_progress(void *user, size_t n_done, size_t n_total, double bits
 static int print_json(const struct cli_lm *m, const struct lm_bits *bits, const struct options *o) {
     double each = bits->bits / (double)bits->n_predicted, rate = (double)bits->n_predicted / bits->seconds;
     return cli_print_json(json_pack(
-        "{s:s, s:o, s:o, s:f, s:I, s:f, s:f, s:I, s:s, s:s, s:I, s:I, s:I}", "family", m->model->config.info.family, "bits_per_byte",
+        "{s:s, s:o, s:o, s:f, s:I, s:f, s:f, s:I, s:s, s:s, s:s, s:I, s:I, s:I}", "family", m->model->config.info.family, "bits_per_byte",
         o->text ? json_real(each) : json_null(), "bytes", o->text ? json_integer((json_int_t)bits->n_predicted) : json_null(),
         "bits_per_token", each, "tokens", (json_int_t)bits->n_predicted, "seconds", bits->seconds, "tokens_per_second", rate,
-        "saturated_blocks", (json_int_t)bits->n_saturated, "act", moe4_act_name(m->model->act), "isa", moe4_ctx_isa(m->lm.ctx), "threads",
-        (json_int_t)moe4_ctx_n_threads(m->lm.ctx), "window", (json_int_t)o->window, "batch", (json_int_t)o->batch));
+        "saturated_blocks", (json_int_t)bits->n_saturated, "act", moe4_act_name(m->model->act), "device", moe4_ctx_device(m->lm.ctx), "isa",
+        moe4_ctx_isa(m->lm.ctx), "threads", (json_int_t)moe4_ctx_n_threads(m->lm.ctx), "window", (json_int_t)o->window, "batch",
+        (json_int_t)o->batch));
 }
 
 static int print_table(const struct cli_lm *m, const struct lm_bits *bits, const struct options *o) {
@@ -48,7 +49,7 @@ static int print_table(const struct cli_lm *m, const struct lm_bits *bits, const
     printf("%-18s %.0f\n", "tokens per second", (double)bits->n_predicted / bits->seconds);
     printf("%-18s %llu\n", "saturated blocks", (unsigned long long)bits->n_saturated);
     size_t n_threads = moe4_ctx_n_threads(m->lm.ctx);
-    printf("%-18s %s, %s, %zu thread%s\n", "mode", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), n_threads,
+    printf("%-18s %s, %s%s, %zu thread%s\n", "mode", moe4_act_name(m->model->act), cli_lm_products(m), moe4_ctx_isa(m->lm.ctx), n_threads,
            n_threads == 1 ? "" : "s");
     return CLI_FINE;
 }
@@ -76,6 +77,7 @@ int cmd_eval(int argc, char **argv) {
         {"window", CLI_SIZE, &o.window, "N", "predict N tokens from at most N before each (512)"},
         {"batch", CLI_SIZE, &o.batch, "N", "run N windows together (8; 32 in mode tensor, where it changes the result)"},
         {"limit", CLI_SIZE, &o.limit, "N", "predict at most N bytes or tokens"},
+        CLI_DEVICE_OPTION(&o.common),
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {

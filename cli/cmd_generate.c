@@ -87,7 +87,7 @@ static struct speed measure_speed(const struct generation *g) {
     s.rate = n / g->rest_seconds;
     s.bytes = (double)g->rest_bytes / n;
     s.bandwidth = lm_read_bandwidth(g->run->model);
-    s.share = s.rate * s.bytes / s.bandwidth;
+    s.share = s.bandwidth > 0 ? s.rate * s.bytes / s.bandwidth : 0;
     return s;
 }
 
@@ -104,11 +104,11 @@ static int print_json(const struct cli_lm *m, const struct generation *g) {
     struct speed s = measure_speed(g);
     json_t *ids = json_array();
     for (size_t i = 0; i < g->n_made; i++) json_array_append_new(ids, json_integer(g->made[i]));
-    return cli_print_json(json_pack("{s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:I, s:s, s:s, s:I}", "text", text_or_null(g), "token_ids", ids,
-                                    "first_token_seconds", g->first_seconds, "tokens_per_second", s.rate, "weight_bytes_per_token", s.bytes,
-                                    "read_bytes_per_second", s.bandwidth, "share_of_floor", s.share, "saturated_blocks",
-                                    (json_int_t)g->run->n_saturated, "act", moe4_act_name(m->model->act), "isa", moe4_ctx_isa(m->lm.ctx),
-                                    "threads", (json_int_t)moe4_ctx_n_threads(m->lm.ctx)));
+    return cli_print_json(json_pack(
+        "{s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:I, s:s, s:s, s:s, s:I}", "text", text_or_null(g), "token_ids", ids, "first_token_seconds",
+        g->first_seconds, "tokens_per_second", s.rate, "weight_bytes_per_token", s.bytes, "read_bytes_per_second", s.bandwidth,
+        "share_of_floor", s.share, "saturated_blocks", (json_int_t)g->run->n_saturated, "act", moe4_act_name(m->model->act), "device",
+        moe4_ctx_device(m->lm.ctx), "isa", moe4_ctx_isa(m->lm.ctx), "threads", (json_int_t)moe4_ctx_n_threads(m->lm.ctx)));
 }
 
 static int print_summary(const struct cli_lm *m, const struct generation *g) {
@@ -121,7 +121,7 @@ static int print_summary(const struct cli_lm *m, const struct generation *g) {
         fprintf(stderr, ", then %.1f tokens/s: %.0f %% of what reading %s of weights a token at %s/s allows", s.rate, 100 * s.share,
                 cli_bytes(bytes, (uint64_t)s.bytes), cli_bytes(bandwidth, (uint64_t)s.bandwidth));
     size_t n_threads = moe4_ctx_n_threads(m->lm.ctx);
-    fprintf(stderr, " (%s, %s, %zu thread%s)\n", moe4_act_name(m->model->act), moe4_ctx_isa(m->lm.ctx), n_threads,
+    fprintf(stderr, " (%s, %s%s, %zu thread%s)\n", moe4_act_name(m->model->act), cli_lm_products(m), moe4_ctx_isa(m->lm.ctx), n_threads,
             n_threads == 1 ? "" : "s");
     return CLI_FINE;
 }
@@ -165,6 +165,7 @@ int cmd_generate(int argc, char **argv) {
         {"top-p", CLI_NUMBER, &o.top_p, "P", "choose among the likeliest tokens that together have probability P (0.95)"},
         {"seed", CLI_SIZE, &o.seed, "S", "the same seed gives the same text, whatever the threads (1)"},
         {"act", CLI_TEXT, &o.act, "MODE", CLI_LM_ACT_HELP},
+        CLI_DEVICE_OPTION(&o.common),
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {

@@ -63,7 +63,7 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"check", CLI_TEXT, &a->check, "FILE:TENSOR", "compare y with [T,H] F64, F32, F16 or BF16"},
         {"tol", CLI_NUMBER, &tol, "X", "largest relative L2 that passes --check (2e-3)"},
         {"repeat", CLI_SIZE, &a->repeat, "N", "run N times and report the fastest (1)"},
-        {"device", CLI_TEXT, &a->common.device, "NAME", "cpu (default), cuda or cuda:N"},
+        CLI_DEVICE_OPTION(&a->common),
         CLI_COMMON_OPTIONS(&a->common),
     };
     const struct cli_usage usage = {

@@ -13,6 +13,7 @@ static const char *words_of(const char *arg) {
         {"NAME", "scalar avx2 avx512vnni avx512bf16"},
         {"NAME|H,I,E,K", "v4-pro v4-flash qwen3-30b"},
         {"DTYPE", "bf16 f32"},
+        {"DEVICE", "cpu cuda"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(arg, known[i].arg) == 0) return known[i].words;

@@ -105,11 +105,26 @@ MOE4_API moe4_status moe4_memory_alloc(moe4_ctx *ctx, void **data_ret, size_t by
 MOE4_API void moe4_memory_free(moe4_ctx *ctx, void *data);
 MOE4_API moe4_status moe4_memory_copy(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream);
 
+/* What a device can do at most, for floors. It waits for the device, takes about a tenth of a second and a gigabyte of its memory. */
+typedef struct moe4_ceilings {
+    size_t struct_size;
+    const char *device; /* "NVIDIA H200"; owned by the context */
+    double read_bytes;  /* a second, reading far more memory than its caches hold */
+    double bf16_macs;   /* multiply-adds a second of a large bf16 product by cuBLAS; 0 where that is not found */
+} moe4_ceilings;
+#define MOE4_CEILINGS_INIT \
+    { sizeof(moe4_ceilings), NULL, 0., 0. }
+
+/* Errors: UNSUPPORTED (the CPU), MEMORY, DEVICE. */
+MOE4_API moe4_status moe4_ctx_ceilings(moe4_ctx *ctx, moe4_ceilings *ceilings_ret);
+
 /* Threads that a call may run on, the calling one among them. */
 MOE4_API size_t moe4_ctx_n_threads(const moe4_ctx *ctx);
 /* The ISA in use ("avx2") and why that one ("best of scalar, avx2 on this CPU"); owned by the context. */
 MOE4_API const char *moe4_ctx_isa(const moe4_ctx *ctx);
 MOE4_API const char *moe4_ctx_isa_reason(const moe4_ctx *ctx);
+/* Where the context's layers run: "cpu", or the device as "cuda:0"; owned by the context. */
+MOE4_API const char *moe4_ctx_device(const moe4_ctx *ctx);
 /* fn(arg, task) once for each task < n_tasks on the context's threads, the calling one among them; returns when all are done. For what an
  * engine computes between layers, without a second pool. Which thread takes which task is not fixed: tasks write to places of their own.
  * Any number of threads may be in it at once. */

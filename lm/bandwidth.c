@@ -32,7 +32,10 @@ static void read_task(void *arg, size_t task) {
 
 double lm_read_bandwidth(const struct lm_model *model) {
     struct read_job job = {.n_pieces = 0};
+    moe4_ceilings device = MOE4_CEILINGS_INIT;
     moe4_tensor t;
+    if (strcmp(moe4_ctx_device(model->lm->ctx), "cpu") != 0)
+        return moe4_ctx_ceilings(model->lm->ctx, &device) == MOE4_OK ? device.read_bytes : 0;
     size_t total = 0;
     for (size_t i = 0; i < moe4_checkpoint_n_tensors(model->ckpt) && moe4_checkpoint_tensor(model->ckpt, &t, i) == MOE4_OK; i++)
         for (size_t at = 0; t.bytes - at >= MIN_BYTES && job.n_pieces < MAX_PIECES;) {

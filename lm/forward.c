@@ -29,13 +29,6 @@ static void embed(struct lm_run *run, const int32_t *tokens, size_t n_tokens) {
         for (size_t i = 0; i < hidden; i++) run->x[t * hidden + i] = lm_element(e->data, e->dtype, (size_t)tokens[t] * hidden + i);
 }
 
-static moe4_status linear(struct lm_run *run, const moe4_linear *l, float *const *y, const float *x, size_t n_tokens) {
-    uint64_t n_saturated;
-    LM_TRY(run->model->lm, moe4_linear_forward(l, (void *const *)y, &n_saturated, x, n_tokens, &run->workspace, NULL));
-    run->n_saturated += n_saturated;
-    return MOE4_OK;
-}
-
 static void add_bias(float *y, const float *bias, size_t n_tokens, size_t n) {
     for (size_t t = 0; bias && t < n_tokens; t++)
         for (size_t i = 0; i < n; i++) y[t * n + i] += bias[i];
@@ -46,27 +39,15 @@ static moe4_status watch(struct lm_run *run, size_t layer, enum lm_point point, 
     return o->watch ? o->watch(o->watch_user, run, layer, point, x, n_tokens) : MOE4_OK;
 }
 
-/* y = MLP(h): the router's choice of experts and the shared one, or the one MLP of a dense layer. */
-static moe4_status mlp(struct lm_run *run, size_t layer, float *y, const float *h, size_t n_tokens) {
-    struct lm *lm = run->model->lm;
-    const struct lm_layer *l = &run->model->layers[layer];
-    const moe4_workspace *ws = &run->workspace;
-    if (l->router) LM_TRY(lm, moe4_router_forward(l->router, run->topk_ids, run->topk_weights, h, NULL, n_tokens, ws, NULL));
-    LM_TRY(lm, watch(run, layer, LM_AT_MLP, h, n_tokens));
-    LM_TRY(lm, moe4_moe_forward(l->mlp, y, h, l->router ? run->topk_ids : NULL, l->router ? run->topk_weights : NULL, n_tokens, ws, NULL));
-    moe4_moe_report report = MOE4_MOE_REPORT_INIT;
-    LM_TRY(lm, moe4_moe_report_read(l->mlp, &report, NULL, ws, NULL));
-    run->n_saturated += report.n_saturated_blocks;
-    run->weight_bytes += report.weight_bytes;
-    return MOE4_OK;
-}
-
 /* ---- the pass ---- */
 
 moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs, size_t n_new) {
     struct lm *lm = run->model->lm;
     const struct lm_model *model = run->model;
     size_t hidden = model->config.info.hidden, n_layers = model->config.info.n_layers, n_tokens = n_seqs * n_new;
+    const struct lm_attention *a = &model->config.attention;
+    size_t n_q = a->n_heads * a->head_dim, n_kv = a->n_kv_heads * a->head_dim;
+    const struct lm_output qkv[] = {{run->q, n_q}, {run->k, n_kv}, {run->v, n_kv}}, o = {run->y, hidden};
     float eps = model->config.norm_eps, *block = NULL; /* what the last block adds to the residual stream */
     lm->error[0] = '\0';
     if (run->options.one_shot) run->kv.length = 0;
@@ -77,14 +58,14 @@ moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs,
         const struct lm_layer *l = &model->layers[i];
         lm_add_norm_rows(lm, run->h, run->x, block, l->input_norm, eps, n_tokens, hidden);
         LM_TRY(lm, watch(run, i, LM_AT_QKV, run->h, n_tokens));
-        LM_TRY(lm, linear(run, l->qkv, (float *[]){run->q, run->k, run->v}, run->h, n_tokens));
+        LM_TRY(lm, lm_linear(run, l->qkv, qkv, 3, run->h, hidden, n_tokens));
         lm_attention_prepare(run, i, n_seqs, n_new);
         lm_attention_mix(run, i, n_seqs, n_new);
         LM_TRY(lm, watch(run, i, LM_AT_O, run->mix, n_tokens));
-        LM_TRY(lm, linear(run, l->o, &run->y, run->mix, n_tokens));
+        LM_TRY(lm, lm_linear(run, l->o, &o, 1, run->mix, n_q, n_tokens));
         add_bias(run->y, l->o_bias, n_tokens, hidden);
         lm_add_norm_rows(lm, run->h, run->x, run->y, l->post_norm, eps, n_tokens, hidden);
-        LM_TRY(lm, mlp(run, i, run->y, run->h, n_tokens));
+        LM_TRY(lm, lm_mlp(run, i, run->y, run->h, n_tokens));
         block = run->y;
     }
     lm_add_norm_rows(lm, run->h, run->x, block, model->final_norm, eps, n_tokens, hidden);
@@ -105,9 +86,10 @@ static bool all_finite(const float *x, size_t n) {
 
 moe4_status lm_logits(struct lm_run *run, float *logits, size_t row0, size_t n_rows) {
     struct lm *lm = run->model->lm;
-    size_t vocab = run->model->config.info.vocab;
+    size_t vocab = run->model->config.info.vocab, hidden = run->model->config.info.hidden;
+    const struct lm_output out = {logits, vocab};
     lm->error[0] = '\0';
-    LM_TRY(lm, linear(run, run->model->head, &logits, run->h + row0 * run->model->config.info.hidden, n_rows));
+    LM_TRY(lm, lm_linear(run, run->model->head, &out, 1, run->h + row0 * hidden, hidden, n_rows));
     for (size_t row = 0; row < n_rows; row++)
         LM_CHECK(lm, all_finite(logits + row * vocab, vocab), MOE4_ERROR_FORMAT,
                  "the model's logits after token %zu of the call are not finite", row0 + row);
@@ -139,27 +121,6 @@ static moe4_status make_rotary(struct lm_run *run) {
     return MOE4_OK;
 }
 
-/* One workspace that suits every object of the model. */
-static moe4_status make_workspace(struct lm_run *run) {
-    struct lm *lm = run->model->lm;
-    const struct lm_model *model = run->model;
-    size_t n = run->options.max_tokens, most = 0, bytes;
-    LM_TRY(lm, moe4_linear_workspace_bytes(model->head, &most, n));
-    for (size_t i = 0; i < model->config.info.n_layers; i++) {
-        const struct lm_layer *l = &model->layers[i];
-        LM_TRY(lm, moe4_linear_workspace_bytes(l->qkv, &bytes, n));
-        most = bytes > most ? bytes : most;
-        LM_TRY(lm, moe4_linear_workspace_bytes(l->o, &bytes, n));
-        most = bytes > most ? bytes : most;
-        LM_TRY(lm, moe4_moe_workspace_bytes(l->mlp, &bytes, n));
-        most = bytes > most ? bytes : most;
-        if (l->router) LM_TRY(lm, moe4_router_workspace_bytes(l->router, &bytes, n));
-        most = bytes > most ? bytes : most;
-    }
-    run->workspace = (moe4_workspace){lm_calloc(lm, most, 1, "workspace"), most};
-    return run->workspace.data ? MOE4_OK : MOE4_ERROR_MEMORY;
-}
-
 static moe4_status make_buffers(struct lm_run *run) {
     struct lm *lm = run->model->lm;
     const moe4_model_info *info = &run->model->config.info;
@@ -189,7 +150,7 @@ static moe4_status make_run(struct lm_run *run) {
     LM_TRY(lm, lm_kv_create(lm, &run->kv, config, o->n_seqs, o->context, o->one_shot));
     LM_TRY(lm, make_rotary(run));
     LM_TRY(lm, make_buffers(run));
-    return make_workspace(run);
+    return lm_products_create(run);
 }
 
 moe4_status lm_run_create(struct lm_run **run_ret, struct lm_model *model, const struct lm_run_options *options) {
@@ -210,9 +171,10 @@ moe4_status lm_run_create(struct lm_run **run_ret, struct lm_model *model, const
 
 void lm_run_destroy(struct lm_run *run) {
     if (!run) return;
-    void *const owned[] = {run->cosine,       run->sine,          run->x, run->h, run->y, run->q, run->k, run->v, run->mix, run->topk_ids,
-                           run->topk_weights, run->workspace.data};
+    void *const owned[] = {run->cosine, run->sine, run->x,   run->h,        run->y,           run->q,
+                           run->k,      run->v,    run->mix, run->topk_ids, run->topk_weights};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    lm_products_free(run);
     lm_kv_free(&run->kv);
     free(run);
 }

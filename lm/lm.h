@@ -96,7 +96,7 @@ float lm_element(const void *data, moe4_dtype dtype, size_t i);
 moe4_status lm_model_open(struct lm_model **model_ret, struct lm *lm, const char *path, moe4_act act);
 void lm_model_close(struct lm_model *model);
 
-/* ---- running it (kv.c, norm.c, attention.c, forward.c) ---- */
+/* ---- running it (kv.c, norm.c, attention.c, products.c, forward.c) ---- */
 
 /* Keys and values of past positions in fp32, by layer, sequence and head. Keys lie in groups of LM_KEY_GROUP positions,
  * [group][head_dim][LM_KEY_GROUP], so that scores of neighbouring positions are one vector; values are [position][value_dim], padded. */
@@ -130,6 +130,15 @@ struct lm_run_options {
     void *watch_user;
 };
 
+/* On a device, the memory that its products read and write; all NULL on the CPU. */
+struct lm_staging {
+    float *x; /* [max_tokens, the widest input] */
+    float *y;
+    size_t y_floats;
+    int32_t *topk_ids;
+    float *topk_weights;
+};
+
 struct lm_run {
     struct lm_model *model;
     struct lm_run_options options;
@@ -139,7 +148,8 @@ struct lm_run {
     float *q, *k, *v, *mix; /* [T, heads * head_dim]; mix is what attention makes of them */
     int32_t *topk_ids;
     float *topk_weights;
-    moe4_workspace workspace;
+    moe4_workspace workspace; /* where the products run */
+    struct lm_staging staging;
     uint64_t n_saturated;  /* activation blocks saturated so far, over all matrices */
     uint64_t weight_bytes; /* weights read so far, each matrix once a call */
 };
@@ -155,6 +165,19 @@ moe4_status lm_forward(struct lm_run *run, const int32_t *tokens, size_t n_seqs,
 moe4_status lm_logits(struct lm_run *run, float *logits, size_t row0, size_t n_rows);
 /* Forgets all positions. */
 void lm_run_reset(struct lm_run *run);
+
+/* The products of lm_forward (products.c). On a device they copy: x and results are the host's here. out[i].to is [n_tokens, cols]. */
+enum { LM_MAX_OUTPUTS = 3 };
+struct lm_output {
+    float *to;
+    size_t cols;
+};
+moe4_status lm_linear(struct lm_run *run, const moe4_linear *l, const struct lm_output *out, size_t n_out, const float *x, size_t cols,
+                      size_t n_tokens);
+/* y = MLP(h): the router's choice of experts and the shared one, or the one MLP of a dense layer. */
+moe4_status lm_mlp(struct lm_run *run, size_t layer, float *y, const float *h, size_t n_tokens);
+moe4_status lm_products_create(struct lm_run *run);
+void lm_products_free(struct lm_run *run);
 
 /* x += y (or not: NULL), then h = x / rms(x) * weight, for each of n_rows rows of n. */
 void lm_add_norm_rows(const struct lm *lm, float *h, float *x, const float *y, const float *weight, float eps, size_t n_rows, size_t n);
@@ -209,7 +232,8 @@ struct lm_bits {
 moe4_status lm_bits_measure(struct lm_model *model, struct lm_bits *bits, const struct lm_tokens *tokens,
                             const struct lm_bits_options *options);
 
-/* Bytes a second that all threads together read of the model's own mapped weights: best of a few passes over at most 256 MB. */
+/* Bytes a second that all threads together read of the model's own mapped weights: best of a few passes over at most 256 MB. On a device,
+ * what reading its memory gives; 0 when that cannot be measured. */
 double lm_read_bandwidth(const struct lm_model *model);
 double lm_seconds(void);
 

@@ -138,6 +138,7 @@ struct moe4_backend {
 
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
     moe4_status (*select)(const struct moe4_select_call *call);
+    moe4_status (*ceilings)(moe4_ctx *ctx, moe4_ceilings *ceilings); /* a device's; NULL on the CPU */
 };
 
 extern const struct moe4_backend moe4_backend_cpu;

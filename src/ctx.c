@@ -118,6 +118,7 @@ static moe4_status choose_isa(moe4_ctx *ctx, uint32_t asked) {
 
 static moe4_status ctx_init(moe4_ctx *ctx, const moe4_ctx_options *o) {
     ctx->backend = &moe4_backend_cpu;
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cpu");
     MOE4_TRY(choose_isa(ctx, o->isa_mask));
     MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads()));
     if (o->device && strcmp(o->device, "cpu") != 0) MOE4_TRY(moe4_device_open(ctx, o->device));
@@ -171,6 +172,10 @@ const char *moe4_ctx_isa(const moe4_ctx *ctx) {
 
 const char *moe4_ctx_isa_reason(const moe4_ctx *ctx) {
     return ctx->isa_reason;
+}
+
+const char *moe4_ctx_device(const moe4_ctx *ctx) {
+    return ctx->device_name;
 }
 
 void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg) {

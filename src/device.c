@@ -56,6 +56,7 @@ moe4_status moe4_device_open(moe4_ctx *ctx, const char *name) {
                    p->linear_bytes == sizeof(moe4_linear),
                MOE4_ERROR_DEVICE, "%s: is of another build (version %s beside %s)", file, p->version, moe4_version());
     ctx->host = &host;
+    snprintf(ctx->device_name, sizeof ctx->device_name, "cuda:%d", index);
     MOE4_TRY(p->open(ctx, index));
     ctx->plugin = p;
     return MOE4_OK;
@@ -64,6 +65,16 @@ moe4_status moe4_device_open(moe4_ctx *ctx, const char *name) {
 void moe4_device_close(moe4_ctx *ctx) {
     if (ctx->plugin) ctx->plugin->close(ctx);
     ctx->plugin = NULL;
+}
+
+moe4_status moe4_ctx_ceilings(moe4_ctx *ctx, moe4_ceilings *ceilings_ret) {
+    moe4_ceilings ceilings = MOE4_CEILINGS_INIT;
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, ceilings_ret, MOE4_ERROR_ARGUMENT, "moe4_ctx_ceilings: NULL ceilings_ret");
+    MOE4_CHECK(ctx, ctx->backend->ceilings, MOE4_ERROR_UNSUPPORTED, "moe4_ctx_ceilings: %s; only a device's are known", ctx->backend->name);
+    MOE4_TRY(ctx->backend->ceilings(ctx, &ceilings));
+    moe4_struct_write(ceilings_ret, &ceilings, sizeof ceilings);
+    return MOE4_OK;
 }
 
 /* ---- memory that a context's calls read and write ---- */

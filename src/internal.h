@@ -27,7 +27,8 @@ struct moe4_ctx {
     const struct moe4_kernels *kernels;
     const struct moe4_plugin *plugin; /* plugin.h: of a device; NULL on the CPU, as are host and device */
     const struct moe4_plugin_host *host;
-    void *device; /* the plug-in's */
+    void *device;         /* the plug-in's */
+    char device_name[16]; /* "cpu", "cuda:0" */
     char isa_reason[128];
 };
 

@@ -67,4 +67,7 @@ bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens
 moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c);
 moe4_status moe4_cuda_select(const struct moe4_select_call *c);
 
+/* ceiling.c */
+moe4_status moe4_cuda_ceilings(moe4_ctx *ctx, moe4_ceilings *c);
+
 #endif

@@ -135,6 +135,10 @@ cudaError_t moe4_cuda_wide(const struct moe4_wide_product *p, cudaStream_t strea
 /* *first_bad = the lowest index of a byte above 0x7E in scale[n], or UINT64_MAX. */
 cudaError_t moe4_cuda_find_bad_scale(unsigned long long *first_bad, const uint8_t *scale, size_t n, cudaStream_t stream);
 
+/* Reads `bytes` of memory (a multiple of 64 KiB; out is never written), and fills memory with numbers: ceilings are measured so. */
+cudaError_t moe4_cuda_read(const void *data, size_t bytes, int n_blocks, uint32_t *out, cudaStream_t stream);
+cudaError_t moe4_cuda_fill(moe4_bf16 *data, size_t n, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -118,6 +118,7 @@ static const struct moe4_backend backend = {
     .memory_free = memory_free,
     .memory_copy = memory_copy,
     .select = moe4_cuda_select,
+    .ceilings = moe4_cuda_ceilings,
 };
 
 static moe4_status find_device(moe4_ctx *ctx, struct moe4_cuda_device *d, int index) {
