@@ -204,9 +204,15 @@ typedef struct moe4_quantize_options {
     moe4_scale_layout scale_layout;
     size_t interleave; /* 0, or a granularity: the rows of the unquantized matrix are gate and up in groups of so many, those of codes,
                         * scales and global are [gate; up] halves, in scale_layout two matrices [rows/2, cols] one after the other */
+    void *stream;      /* the device's, for matrices in its memory */
 } moe4_quantize_options;
 #define MOE4_QUANTIZE_OPTIONS_INIT \
-    { sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0, MOE4_SCALES_LINEAR, 0 }
+    { sizeof(moe4_quantize_options), MOE4_RECIPE_MODELOPT, NULL, 0, 0, MOE4_SCALES_LINEAR, 0, NULL }
+
+/* In a context on a device these calls also take matrices in its memory: x (or y), codes and scales are then all the device's; global,
+ * global_ret and n_saturated_ret stay the host's. The bits are the CPU's. They queue their work in options->stream (moe4_amax in the
+ * default stream) and wait for it, because they answer with what they found. Errors besides: ARGUMENT (host and device memory mixed:
+ * which), MEMORY, DEVICE. */
 
 /* codes[rows, cols/2], scales[rows, cols/16] = quantize(x[rows, cols]); low nibble = even k; scales are E4M3 bytes, linear unless the
  * options say otherwise (moe4_scales_bytes has their size; padding is zeroed).
@@ -258,7 +264,8 @@ MOE4_API moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats
 /* ---- layouts ------------------------------------------------------------------------------------------------------------------ */
 
 /* The same numbers in another order. n_matrices matrices (experts) stand one after another on both sides; dst and src do not overlap, need
- * no alignment and may be NULL where they have no bytes. Any size is fine, 0 too. Errors: ARGUMENT (both numbers). */
+ * no alignment and may be NULL where they have no bytes. Any size is fine, 0 too. Errors: ARGUMENT (both numbers). In a context on a
+ * device scales may be in its memory on both sides; what moves rows and transposes takes host memory only (else UNSUPPORTED). */
 
 /* Bytes of the scales of n_matrices matrices [rows, cols], cols a multiple of 16. With n = cols/16, in bytes for each matrix:
  * LINEAR rows * n, WORDS rows * 4 * ceil(n/4), 128X4 roundup(rows, 128) * 4 * ceil(n/4). */
@@ -268,6 +275,10 @@ MOE4_API moe4_status moe4_scales_bytes(moe4_ctx *ctx, size_t *bytes_ret, moe4_sc
  * not looked at. Gate and up are two matrices here: with [gate; up] halves of E experts pass n_matrices 2 * E and the rows of one half. */
 MOE4_API moe4_status moe4_scales_convert(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src,
                                          moe4_scale_layout src_layout, size_t n_matrices, size_t rows, size_t cols);
+
+/* The same, queued in `stream` without waiting for it, for scales in a device's memory. */
+MOE4_API moe4_status moe4_scales_convert_async(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src,
+                                               moe4_scale_layout src_layout, size_t n_matrices, size_t rows, size_t cols, void *stream);
 
 /* Rows [gate; up] of each matrix [rows, row_bytes], the first half gate's, to groups of `granularity` gate rows and as many of up in turn;
  * and back. `rows` counts both and is even; granularity divides rows/2. A row is anything: cols/2 bytes of codes, cols/16 of linear

@@ -4,6 +4,7 @@
 #define MOE4_BACKEND_H
 
 #include "internal.h"
+#include "nvfp4.h"
 
 /* Experts of one shape and one format: a layer's routed ones, or its shared one. */
 struct moe4_experts {
@@ -101,6 +102,8 @@ struct moe4_select_call {
     void *stream;
 };
 
+enum moe4_owner { MOE4_OF_HOST, MOE4_OF_DEVICE, MOE4_OF_BOTH /* pinned or managed */ };
+
 struct moe4_backend {
     const char *name;
 
@@ -138,6 +141,19 @@ struct moe4_backend {
 
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
     moe4_status (*select)(const struct moe4_select_call *call);
+
+    /* The codec, for matrices in a device's memory; NULL on the CPU, as are the rest. They wait for the stream; scales_convert only
+     * where it is told to. */
+    moe4_status (*amax)(const moe4_codec_call *c, uint32_t *amax_ret);                            /* bits, one or [rows] with per_row */
+    moe4_status (*codec_look)(const moe4_codec_call *c, bool of_scales, uint64_t *first_bad_ret); /* a NaN or Inf of x by row * cols + col,
+                                                                                                   * or a bad scale by row * n_blocks +
+                                                                                                   * block; UINT64_MAX: none */
+    moe4_status (*quantize)(const moe4_codec_call *c, const moe4_codec_scale *scales, uint64_t *n_saturated_ret);
+    moe4_status (*dequantize)(const moe4_codec_call *c, const float *globals);
+    moe4_status (*scales_convert)(const moe4_ctx *ctx, const moe4_scales_conversion *s, void *stream, bool waits);
+    /* Whose memory `data` is. ARGUMENT when it is another device's. */
+    moe4_status (*memory_owner)(const moe4_ctx *ctx, const void *data, const char *what, enum moe4_owner *owner_ret);
+
     moe4_status (*ceilings)(moe4_ctx *ctx, moe4_ceilings *ceilings); /* a device's; NULL on the CPU */
 };
 
@@ -159,6 +175,14 @@ static inline void *moe4_carve(struct moe4_carver *c, size_t n, size_t size) {
     c->used = end & ~(size_t)63;
     return c->base ? c->base + at : NULL;
 }
+
+/* Buffers of a call that takes either kind of memory: all the device's, or all the host's (*on_device_ret false, as always on the CPU).
+ * ARGUMENT names two that differ. NULL ones do not count. */
+struct moe4_buffer {
+    const void *data;
+    const char *name;
+};
+moe4_status moe4_buffers_owner(const moe4_ctx *ctx, bool *on_device_ret, const struct moe4_buffer *buffers, size_t n);
 
 /* Checks a workspace against what a call needs: ARGUMENT with both numbers. */
 moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const moe4_workspace *ws, size_t need);

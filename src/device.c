@@ -67,6 +67,21 @@ void moe4_device_close(moe4_ctx *ctx) {
     ctx->plugin = NULL;
 }
 
+moe4_status moe4_buffers_owner(const moe4_ctx *ctx, bool *on_device_ret, const struct moe4_buffer *buffers, size_t n) {
+    const struct moe4_buffer *of_host = NULL, *of_device = NULL;
+    *on_device_ret = false;
+    for (size_t i = 0; ctx->backend->memory_owner && i < n; i++) {
+        enum moe4_owner owner = MOE4_OF_BOTH;
+        if (buffers[i].data) MOE4_TRY(ctx->backend->memory_owner(ctx, buffers[i].data, buffers[i].name, &owner));
+        if (owner == MOE4_OF_HOST && !of_host) of_host = &buffers[i];
+        if (owner == MOE4_OF_DEVICE && !of_device) of_device = &buffers[i];
+    }
+    MOE4_CHECK(ctx, !of_host || !of_device, MOE4_ERROR_ARGUMENT, "%s is host memory, and %s is memory of %s: a call takes one or the other",
+               of_host->name, of_device->name, ctx->device_name);
+    *on_device_ret = of_device != NULL;
+    return MOE4_OK;
+}
+
 moe4_status moe4_ctx_ceilings(moe4_ctx *ctx, moe4_ceilings *ceilings_ret) {
     moe4_ceilings ceilings = MOE4_CEILINGS_INIT;
     moe4_begin(ctx);

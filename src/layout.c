@@ -1,6 +1,8 @@
 /* The same numbers in another order: block scales, gate and up rows, K-major matrices. Bytes are moved, never looked at. */
 #include "layout.h"
 
+#include "backend.h"
+
 #include <string.h>
 
 enum { TASK_BYTES = 1 << 16, ROW_TILE = 128, GROUP = 32 };
@@ -54,11 +56,8 @@ void moe4_scales_pad(uint8_t *dst, moe4_scale_layout layout, size_t rows, size_t
 /* ---- convert: 128 rows of a matrix at a time ---- */
 
 struct scales_job {
-    uint8_t *dst;
-    const uint8_t *src;
-    moe4_scale_layout dst_layout, src_layout;
-    size_t dst_bytes, src_bytes; /* of one matrix */
-    size_t rows, n_blocks, n_tiles, tiles_in_matrix, task_tiles;
+    moe4_scales_conversion s;
+    size_t n_tiles, tiles_in_matrix, task_tiles;
 };
 
 /* Bytes from one row's quad to the next row's, within a group of 32 rows. */
@@ -68,31 +67,31 @@ static size_t row_step(moe4_scale_layout layout, size_t n_blocks) {
 
 /* Row `row` and the following ones of its group, one quad of n scales each. */
 static void convert_group(const struct scales_job *job, uint8_t *dst, const uint8_t *src, size_t row, size_t quad, size_t n) {
-    size_t n_rows = row < job->rows ? min(GROUP, job->rows - row) : 0;
-    size_t dst_step = row_step(job->dst_layout, job->n_blocks), src_step = row_step(job->src_layout, job->n_blocks);
-    uint8_t *to = dst + moe4_scales_at(job->dst_layout, job->rows, job->n_blocks, row, quad);
-    if (n_rows) src += moe4_scales_at(job->src_layout, job->rows, job->n_blocks, row, quad);
+    size_t n_rows = row < job->s.rows ? min(GROUP, job->s.rows - row) : 0;
+    size_t dst_step = row_step(job->s.dst_layout, job->s.n_blocks), src_step = row_step(job->s.src_layout, job->s.n_blocks);
+    uint8_t *to = dst + moe4_scales_at(job->s.dst_layout, job->s.rows, job->s.n_blocks, row, quad);
+    if (n_rows) src += moe4_scales_at(job->s.src_layout, job->s.rows, job->s.n_blocks, row, quad);
     for (size_t i = 0; i < n_rows; i++) {
         uint8_t scales[4] = {0};
         if (n == 4) {
             memcpy(to + i * dst_step, src + i * src_step, 4);
         } else {
             memcpy(scales, src + i * src_step, n);
-            memcpy(to + i * dst_step, scales, job->dst_layout == MOE4_SCALES_LINEAR ? n : 4);
+            memcpy(to + i * dst_step, scales, job->s.dst_layout == MOE4_SCALES_LINEAR ? n : 4);
         }
     }
-    for (size_t i = n_rows; i < GROUP && job->dst_layout == MOE4_SCALES_128X4; i++) memset(to + i * dst_step, 0, 4);
+    for (size_t i = n_rows; i < GROUP && job->s.dst_layout == MOE4_SCALES_128X4; i++) memset(to + i * dst_step, 0, 4);
 }
 
 static void convert_task(void *arg, size_t task) {
     const struct scales_job *job = arg;
     for (size_t i = task * job->task_tiles, end = min(i + job->task_tiles, job->n_tiles); i < end; i++) {
         size_t matrix = i / job->tiles_in_matrix, row = i % job->tiles_in_matrix * ROW_TILE;
-        uint8_t *dst = job->dst + matrix * job->dst_bytes;
-        const uint8_t *src = job->src + matrix * job->src_bytes;
-        size_t last = job->dst_layout == MOE4_SCALES_128X4 ? row + ROW_TILE : min(row + ROW_TILE, job->rows);
-        for (size_t quad = 0; 4 * quad < job->n_blocks; quad++)
-            for (size_t r = row; r < last; r += GROUP) convert_group(job, dst, src, r, quad, min(4, job->n_blocks - 4 * quad));
+        uint8_t *dst = job->s.dst + matrix * job->s.dst_bytes;
+        const uint8_t *src = job->s.src + matrix * job->s.src_bytes;
+        size_t last = job->s.dst_layout == MOE4_SCALES_128X4 ? row + ROW_TILE : min(row + ROW_TILE, job->s.rows);
+        for (size_t quad = 0; 4 * quad < job->s.n_blocks; quad++)
+            for (size_t r = row; r < last; r += GROUP) convert_group(job, dst, src, r, quad, min(4, job->s.n_blocks - 4 * quad));
     }
 }
 
@@ -115,24 +114,58 @@ moe4_status moe4_scales_bytes(moe4_ctx *ctx, size_t *bytes_ret, moe4_scale_layou
     return MOE4_OK;
 }
 
-moe4_status moe4_scales_convert(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src, moe4_scale_layout src_layout,
-                                size_t n_matrices, size_t rows, size_t cols) {
+static moe4_status read_conversion(moe4_ctx *ctx, moe4_scales_conversion *s, bool *on_device_ret, size_t cols) {
     size_t dst_bytes, src_bytes;
-    struct scales_job job = {
-        .dst = dst, .src = src, .dst_layout = dst_layout, .src_layout = src_layout, .rows = rows, .n_blocks = cols / MOE4_BLOCK};
-    moe4_begin(ctx);
-    MOE4_TRY(check_scales(ctx, &job.dst_bytes, &dst_bytes, dst_layout, n_matrices, rows, cols));
-    MOE4_TRY(check_scales(ctx, &job.src_bytes, &src_bytes, src_layout, n_matrices, rows, cols));
+    *on_device_ret = false;
+    s->n_blocks = cols / MOE4_BLOCK;
+    MOE4_TRY(check_scales(ctx, &s->dst_bytes, &dst_bytes, s->dst_layout, s->n_matrices, s->rows, cols));
+    MOE4_TRY(check_scales(ctx, &s->src_bytes, &src_bytes, s->src_layout, s->n_matrices, s->rows, cols));
     if (dst_bytes == 0) return MOE4_OK;
-    MOE4_CHECK(ctx, dst && src, MOE4_ERROR_ARGUMENT, "%s is NULL", dst ? "src" : "dst");
-    job.tiles_in_matrix = (rows - 1) / ROW_TILE + 1;
-    job.n_tiles = n_matrices * job.tiles_in_matrix;
-    job.task_tiles = task_units(min(rows, ROW_TILE) * job.n_blocks);
+    MOE4_CHECK(ctx, s->dst && s->src, MOE4_ERROR_ARGUMENT, "%s is NULL", s->dst ? "src" : "dst");
+    return moe4_buffers_owner(ctx, on_device_ret, (struct moe4_buffer[]){{s->dst, "dst"}, {s->src, "src"}}, 2);
+}
+
+static void convert_on_host(moe4_ctx *ctx, const moe4_scales_conversion *s) {
+    struct scales_job job = {.s = *s};
+    if (s->n_matrices == 0 || s->rows == 0 || s->n_blocks == 0) return;
+    job.tiles_in_matrix = (s->rows - 1) / ROW_TILE + 1;
+    job.n_tiles = s->n_matrices * job.tiles_in_matrix;
+    job.task_tiles = task_units(min(s->rows, ROW_TILE) * s->n_blocks);
     moe4_parallel_for(ctx, (job.n_tiles - 1) / job.task_tiles + 1, convert_task, &job);
+}
+
+static moe4_status convert(moe4_ctx *ctx, moe4_scales_conversion s, size_t cols, void *stream, bool waits) {
+    bool on_device;
+    moe4_begin(ctx);
+    MOE4_TRY(read_conversion(ctx, &s, &on_device, cols));
+    if (on_device) return ctx->backend->scales_convert(ctx, &s, stream, waits);
+    convert_on_host(ctx, &s);
     return MOE4_OK;
 }
 
+moe4_status moe4_scales_convert(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src, moe4_scale_layout src_layout,
+                                size_t n_matrices, size_t rows, size_t cols) {
+    const moe4_scales_conversion s = {
+        .dst = dst, .src = src, .dst_layout = dst_layout, .src_layout = src_layout, .n_matrices = n_matrices, .rows = rows};
+    return convert(ctx, s, cols, NULL, true);
+}
+
+moe4_status moe4_scales_convert_async(moe4_ctx *ctx, void *dst, moe4_scale_layout dst_layout, const void *src, moe4_scale_layout src_layout,
+                                      size_t n_matrices, size_t rows, size_t cols, void *stream) {
+    const moe4_scales_conversion s = {
+        .dst = dst, .src = src, .dst_layout = dst_layout, .src_layout = src_layout, .n_matrices = n_matrices, .rows = rows};
+    return convert(ctx, s, cols, stream, false);
+}
+
 /* ---- gate and up rows ---- */
+
+/* What moves with the host's threads only: ARGUMENT for a device's memory. */
+static moe4_status check_host(const moe4_ctx *ctx, const void *dst, const void *src) {
+    bool on_device;
+    MOE4_TRY(moe4_buffers_owner(ctx, &on_device, (struct moe4_buffer[]){{dst, "dst"}, {src, "src"}}, 2));
+    MOE4_CHECK(ctx, !on_device, MOE4_ERROR_UNSUPPORTED, "dst and src are memory of %s; this call moves host memory", ctx->device_name);
+    return MOE4_OK;
+}
 
 struct rows_job {
     uint8_t *dst;
@@ -164,6 +197,7 @@ static moe4_status move_rows(moe4_ctx *ctx, struct rows_job *job, size_t n_matri
                "%zu x %zu rows of %zu bytes do not fit in memory", n_matrices, rows, job->row_bytes);
     if (bytes == 0) return MOE4_OK;
     MOE4_CHECK(ctx, job->dst && job->src, MOE4_ERROR_ARGUMENT, "%s is NULL", job->dst ? "src" : "dst");
+    MOE4_TRY(check_host(ctx, job->dst, job->src));
     job->task_rows = task_units(job->row_bytes);
     moe4_parallel_for(ctx, (job->n_rows - 1) / job->task_rows + 1, rows_task, job);
     return MOE4_OK;
@@ -259,6 +293,7 @@ moe4_status moe4_transpose(moe4_ctx *ctx, void *dst, const void *src, size_t n_m
                MOE4_ERROR_ARGUMENT, "%zu x %zu x %zu elements of %zu bytes do not fit in memory", n_matrices, rows, cols, element_bytes);
     if (bytes == 0) return MOE4_OK;
     MOE4_CHECK(ctx, dst && src, MOE4_ERROR_ARGUMENT, "%s is NULL", dst ? "src" : "dst");
+    MOE4_TRY(check_host(ctx, dst, src));
     job.side = SIDE_BYTES / element_bytes;
     job.bands_in_matrix = (cols - 1) / job.side + 1;
     job.n_bands = n_matrices * job.bands_in_matrix;

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdatomic.h>
 
+#include "backend.h"
 #include "bits.h"
 #include "cpu/kernels.h"
 #include "fpenv.h"
@@ -57,6 +58,22 @@ static void run_pieces(struct matrix_job *job, void (*piece)(struct matrix_job *
     moe4_parallel_for(job->ctx, (job->rows * job->row_pieces - 1) / job->task_pieces + 1, run_task, job);
 }
 
+/* The matrix as a device takes it. */
+static moe4_codec_call device_call(const struct matrix_job *job) {
+    return (moe4_codec_call){.ctx = job->ctx,
+                             .x = job->x,
+                             .y = job->y,
+                             .dtype = job->dtype,
+                             .rows = job->rows,
+                             .cols = job->cols,
+                             .ld = job->ld,
+                             .o = job->o,
+                             .codes = job->codes,
+                             .scales = job->scales,
+                             .part_rows = job->part_rows,
+                             .part_bytes = job->part_bytes};
+}
+
 /* The matrix beside its ctx: dtype, pointer, ld, and that its size is one. */
 static moe4_status check_matrix(struct matrix_job *job, const void *data, const char *what) {
     moe4_ctx *ctx = job->ctx;
@@ -98,10 +115,32 @@ static moe4_status amax(struct matrix_job *job, float *amax_ret) {
     _Atomic uint32_t most = 0;
     MOE4_CHECK(job->ctx, amax_ret, MOE4_ERROR_ARGUMENT, "amax_ret is NULL");
     MOE4_TRY(check_matrix(job, job->x, "x"));
+    bool on_device;
+    MOE4_TRY(moe4_buffers_owner(job->ctx, &on_device, &(struct moe4_buffer){job->x, "x"}, 1));
+    if (on_device) {
+        const moe4_codec_call c = device_call(job);
+        return moe4_amax_on_device(&c, amax_ret);
+    }
     job->amax = &most;
     run_pieces(job, amax_piece);
     *amax_ret = moe4_float(most);
     return MOE4_OK;
+}
+
+/* ---- whose memory ---- */
+
+/* A few numbers are the host's even where matrices are a device's. */
+static moe4_status check_on_host(const moe4_ctx *ctx, const void *data, const char *name) {
+    bool on_device;
+    MOE4_TRY(moe4_buffers_owner(ctx, &on_device, &(struct moe4_buffer){data, name}, 1));
+    MOE4_CHECK(ctx, !on_device, MOE4_ERROR_ARGUMENT, "%s is memory of %s, need host memory", name, moe4_ctx_device(ctx));
+    return MOE4_OK;
+}
+
+/* Codes, scales and x or y are all a device's, or all the host's. */
+static moe4_status find_owner(const struct matrix_job *job, bool *on_device_ret) {
+    const struct moe4_buffer all[] = {{job->x, "x"}, {job->y, "y"}, {job->codes, "codes"}, {job->scales, "scales"}};
+    return moe4_buffers_owner(job->ctx, on_device_ret, all, 4);
 }
 
 /* ---- options and globals ---- */
@@ -133,6 +172,7 @@ static moe4_status read_options(struct matrix_job *job, const moe4_quantize_opti
                "options.four_over_six: recipe %d lacks it, only %d has it", (int)job->o.recipe, (int)MOE4_RECIPE_MODELOPT);
     MOE4_CHECK(ctx, job->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT, "cols: %zu, need a multiple of %d", job->cols, MOE4_BLOCK);
     MOE4_TRY(read_layout(job));
+    MOE4_TRY(check_on_host(ctx, job->o.global, "options.global"));
     for (size_t i = 0; job->o.global && i < (job->o.per_row ? job->rows : 1); i++) {
         float g = job->o.global[i];
         MOE4_CHECK(ctx, g > 0 && g <= FLT_MAX, MOE4_ERROR_ARGUMENT, "options.global[%zu]: %g, need a positive finite number", i, g);
@@ -144,18 +184,33 @@ static moe4_status read_options(struct matrix_job *job, const moe4_quantize_opti
     return MOE4_OK;
 }
 
-static struct moe4_quantizer row_quantizer(const struct matrix_job *job, size_t row) {
-    size_t i = job->o.per_row ? row : 0;
-    struct moe4_quantizer z = {.recipe = job->o.recipe, .four_over_six = job->o.four_over_six};
-    if (job->o.global) {
-        z.global = job->o.global[i];
-        z.amax = 2688.f * z.global;
+moe4_codec_scale moe4_nvfp4_scale(const moe4_quantize_options *o, size_t row, float amax) {
+    moe4_codec_scale s;
+    if (o->global) {
+        s.global = o->global[o->per_row ? row : 0];
+        s.amax = 2688.f * s.global;
     } else {
-        z.amax = moe4_float(job->amax[i]);
-        z.global = moe4_nvfp4_global(z.recipe, z.amax, z.four_over_six);
-        if (z.amax == 0) z.amax = 2688; /* what the s2 of an all-zero tensor stands for */
+        s.global = moe4_nvfp4_global(o->recipe, amax, o->four_over_six);
+        s.amax = amax == 0 ? 2688 : amax; /* what the s2 of an all-zero tensor stands for */
     }
-    return z;
+    return s;
+}
+
+static struct moe4_quantizer row_quantizer(const struct matrix_job *job, size_t row) {
+    const moe4_codec_scale s = moe4_nvfp4_scale(&job->o, row, moe4_float(job->amax[job->o.per_row ? row : 0]));
+    return (struct moe4_quantizer){.recipe = job->o.recipe, .four_over_six = job->o.four_over_six, .global = s.global, .amax = s.amax};
+}
+
+/* ---- what is wrong with the data ---- */
+
+moe4_status moe4_nvfp4_fail_nonfinite(const moe4_ctx *ctx, size_t row, size_t col, float x) {
+    return moe4_fail(ctx, MOE4_ERROR_FORMAT, "x: row %zu column %zu is %s; only finite numbers can be quantized", row, col,
+                     isnan(x) ? "NaN" : "infinite");
+}
+
+moe4_status moe4_nvfp4_fail_scale(const moe4_ctx *ctx, size_t row, size_t block, uint8_t scale) {
+    return moe4_fail(ctx, MOE4_ERROR_FORMAT, "scales: row %zu block %zu is 0x%02x, %s; need 0x00 to 0x7e", row, block, scale,
+                     (scale & 0x7f) == 0x7f ? "a NaN" : "signed");
 }
 
 /* ---- scales of a piece, linear: in place, or in buf ---- */
@@ -198,9 +253,7 @@ static moe4_status fail_nonfinite(struct matrix_job *job) {
             n = job->cols - col < PIECE ? job->cols - col : PIECE;
             const float *x = piece_of_x(job, buf, row, col, n);
             for (size_t i = 0; i < n; i++)
-                if (!isfinite(x[i]))
-                    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "x: row %zu column %zu is %s; only finite numbers can be quantized", row,
-                                     col + i, isnan(x[i]) ? "NaN" : "infinite");
+                if (!isfinite(x[i])) return moe4_nvfp4_fail_nonfinite(job->ctx, row, col + i, x[i]);
         }
     return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "x: changed while it was read");
 }
@@ -223,6 +276,13 @@ static moe4_status quantize(struct matrix_job *job, float *global_ret, uint64_t 
     MOE4_TRY(check_matrix(job, job->x, "x"));
     MOE4_CHECK(ctx, (job->codes && job->scales) || job->rows == 0 || job->cols == 0, MOE4_ERROR_ARGUMENT, "%s is NULL",
                job->codes ? "scales" : "codes");
+    bool on_device;
+    MOE4_TRY(check_on_host(ctx, global_ret, "global_ret"));
+    MOE4_TRY(find_owner(job, &on_device));
+    if (on_device) {
+        const moe4_codec_call c = device_call(job);
+        return moe4_nvfp4_quantize_on_device(&c, global_ret, n_saturated_ret);
+    }
     job->amax = moe4_calloc(ctx, job->o.per_row ? job->rows : 1, sizeof *job->amax, "row amaxes");
     if (!job->amax) return MOE4_ERROR_MEMORY;
     moe4_status status = quantize_checked(job, global_ret);
@@ -248,9 +308,7 @@ static moe4_status fail_bad_scale(const struct matrix_job *job) {
             n = job->cols - col < PIECE ? job->cols - col : PIECE;
             const uint8_t *scales = get_scales(job, buf, row, col, n);
             for (size_t i = 0; i < n / MOE4_BLOCK; i++)
-                if (scales[i] > 0x7e)
-                    return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: row %zu block %zu is 0x%02x, %s; need 0x00 to 0x7e", row,
-                                     col / MOE4_BLOCK + i, scales[i], (scales[i] & 0x7f) == 0x7f ? "a NaN" : "signed");
+                if (scales[i] > 0x7e) return moe4_nvfp4_fail_scale(job->ctx, row, col / MOE4_BLOCK + i, scales[i]);
         }
     return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: changed while they were read");
 }
@@ -292,6 +350,12 @@ static moe4_status dequantize(struct matrix_job *job, const moe4_quantize_option
     MOE4_TRY(check_matrix(job, job->y, "y"));
     MOE4_CHECK(ctx, (job->codes && job->scales) || job->rows == 0 || job->cols == 0, MOE4_ERROR_ARGUMENT, "%s is NULL",
                job->codes ? "scales" : "codes");
+    bool on_device;
+    MOE4_TRY(find_owner(job, &on_device));
+    if (on_device) {
+        const moe4_codec_call c = device_call(job);
+        return moe4_nvfp4_dequantize_on_device(&c);
+    }
     run_pieces(job, check_scales_piece);
     if (job->bad) return fail_bad_scale(job);
     run_pieces(job, dequantize_piece);

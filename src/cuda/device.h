@@ -67,6 +67,13 @@ bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens
 moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c);
 moe4_status moe4_cuda_select(const struct moe4_select_call *c);
 
+/* codec.c */
+moe4_status moe4_cuda_amax(const moe4_codec_call *c, uint32_t *amax_ret);
+moe4_status moe4_cuda_codec_look(const moe4_codec_call *c, bool of_scales, uint64_t *first_bad_ret);
+moe4_status moe4_cuda_quantize(const moe4_codec_call *c, const moe4_codec_scale *scales, uint64_t *n_saturated_ret);
+moe4_status moe4_cuda_dequantize(const moe4_codec_call *c, const float *globals);
+moe4_status moe4_cuda_convert_scales(const moe4_ctx *ctx, const moe4_scales_conversion *s, void *stream, bool waits);
+
 /* ceiling.c */
 moe4_status moe4_cuda_ceilings(moe4_ctx *ctx, moe4_ceilings *c);
 

@@ -14,7 +14,7 @@ typedef __nv_bfloat16 moe4_bf16;
 typedef uint16_t moe4_bf16; /* the same bits; the host never reads them */
 #endif
 
-#include "moe4.h"
+#include "../nvfp4.h"
 
 /* Up to `n` slots of one expert that run as columns of the same product. The tiles of an expert are neighbours in the list. */
 struct moe4_tile {
@@ -134,6 +134,14 @@ cudaError_t moe4_cuda_wide(const struct moe4_wide_product *p, cudaStream_t strea
 
 /* *first_bad = the lowest index of a byte above 0x7E in scale[n], or UINT64_MAX. */
 cudaError_t moe4_cuda_find_bad_scale(unsigned long long *first_bad, const uint8_t *scale, size_t n, cudaStream_t stream);
+
+/* codec.cu: amax [1 or rows] as bits; codes and scales; values; the lowest index of a NaN or Inf of x, or of a bad scale. */
+cudaError_t moe4_cuda_codec_amax(const moe4_codec_call *c, uint32_t *amax, cudaStream_t stream);
+cudaError_t moe4_cuda_codec_quantize(const moe4_codec_call *c, const moe4_codec_scale *scales, unsigned long long *n_saturated,
+                                     cudaStream_t stream);
+cudaError_t moe4_cuda_codec_dequantize(const moe4_codec_call *c, const float *globals, cudaStream_t stream);
+cudaError_t moe4_cuda_codec_find(const moe4_codec_call *c, int of_scales, unsigned long long *first_bad, cudaStream_t stream);
+cudaError_t moe4_cuda_scales_convert(const moe4_scales_conversion *s, cudaStream_t stream);
 
 /* Reads `bytes` of memory (a multiple of 64 KiB; out is never written), and fills memory with numbers: ceilings are measured so. */
 cudaError_t moe4_cuda_read(const void *data, size_t bytes, int n_blocks, uint32_t *out, cudaStream_t stream);

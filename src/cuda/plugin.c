@@ -55,14 +55,23 @@ moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, 
                      available, total);
 }
 
-moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what) {
+static moe4_status memory_owner(const moe4_ctx *ctx, const void *data, const char *what, enum moe4_owner *owner_ret) {
     struct cudaPointerAttributes at;
     CUDA_TRY(ctx, cudaPointerGetAttributes(&at, data), what);
     int index = moe4_cuda_of(ctx)->index;
-    MOE4_CHECK(ctx, at.type == cudaMemoryTypeManaged || at.devicePointer, MOE4_ERROR_ARGUMENT,
-               "%s is host memory, and the context's device is cuda:%d", what, index);
     MOE4_CHECK(ctx, at.type != cudaMemoryTypeDevice || at.device == index, MOE4_ERROR_ARGUMENT,
                "%s is memory of cuda:%d, and the context's device is cuda:%d", what, at.device, index);
+    *owner_ret = at.type == cudaMemoryTypeDevice                        ? MOE4_OF_DEVICE
+                 : at.type == cudaMemoryTypeManaged || at.devicePointer ? MOE4_OF_BOTH
+                                                                        : MOE4_OF_HOST;
+    return MOE4_OK;
+}
+
+moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what) {
+    enum moe4_owner owner;
+    MOE4_TRY(memory_owner(ctx, data, what, &owner));
+    MOE4_CHECK(ctx, owner != MOE4_OF_HOST, MOE4_ERROR_ARGUMENT, "%s is host memory, and the context's device is cuda:%d", what,
+               moe4_cuda_of(ctx)->index);
     return MOE4_OK;
 }
 
@@ -118,6 +127,12 @@ static const struct moe4_backend backend = {
     .memory_free = memory_free,
     .memory_copy = memory_copy,
     .select = moe4_cuda_select,
+    .amax = moe4_cuda_amax,
+    .codec_look = moe4_cuda_codec_look,
+    .quantize = moe4_cuda_quantize,
+    .dequantize = moe4_cuda_dequantize,
+    .scales_convert = moe4_cuda_convert_scales,
+    .memory_owner = memory_owner,
     .ceilings = moe4_cuda_ceilings,
 };
 
