@@ -1,41 +1,30 @@
-#include "bench.h"
+#include "bench_layer.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #include "../bench/ceiling.h"
 
-enum { MAX_SAMPLES = 400, MIN_SAMPLES = 3, PIECE = 1 << 20, READ_PIECES = 64, READ_BUFFER = 512 << 20, FILL_TASKS = 64 };
+enum { MIN_SAMPLES = 3, PIECE = 1 << 20, READ_PIECES = 64, READ_BUFFER = 512 << 20 };
 
 struct side { /* one thread count */
     moe4_ctx *ctx;
     moe4_moe *moe;
     moe4_workspace workspace;
-    double time[N_BENCH_WHATS][MAX_SAMPLES], read[MAX_SAMPLES], ceiling[MAX_SAMPLES];
+    double time[N_BENCH_WHATS][BENCH_MAX_SAMPLES], read[BENCH_MAX_SAMPLES], ceiling[BENCH_MAX_SAMPLES];
 };
 
 struct bench {
-    struct bench_shape shape;
-    int ceiling;                      /* enum ceiling, or -1 */
-    size_t matrix_bytes, scale_bytes; /* of codes and scales; gate, up and down are alike in both */
-    uint8_t *weights;                 /* [n_experts][3] codes, then scales */
-    moe4_expert *experts;
+    struct bench_layer layer;
+    int ceiling; /* enum ceiling, or -1 */
     char *read_buffer;
     size_t read_at;
-    uint64_t random;
     bool cpu_time;
-    double bytes[MAX_SAMPLES];
+    double bytes[BENCH_MAX_SAMPLES];
     size_t n_sides;
     struct side side[];
 };
-
-static uint64_t next_random(uint64_t *s) {
-    *s ^= *s << 13;
-    *s ^= *s >> 7;
-    return *s ^= *s << 17;
-}
 
 const char *bench_what_name(enum bench_what what) {
     static const char *const names[N_BENCH_WHATS] = {"layer", "products", "gate_up", "down", "dispatch", "quantize", "combine"};
@@ -52,45 +41,11 @@ static double now(const struct bench *b, const moe4_ctx *ctx) {
 
 /* ---- the layer ---- */
 
-static void *huge_alloc(size_t bytes) {
-    void *p = NULL;
-    if (posix_memalign(&p, 2 << 20, bytes) != 0) return NULL;
-    madvise(p, bytes, MADV_HUGEPAGE);
-    return p;
-}
-
-/* Random codes and block scales from 0.25 to 2. */
-static void fill_task(void *arg, size_t task) {
-    struct bench *b = arg;
-    const size_t total = 3 * b->shape.n_experts, each = b->matrix_bytes + b->scale_bytes;
-    uint64_t random = 0x9e3779b97f4a7c15u * (task + 1);
-    for (size_t i = total * task / FILL_TASKS; i < total * (task + 1) / FILL_TASKS; i++) {
-        uint8_t *codes = b->weights + i * each;
-        for (size_t at = 0; at + 8 <= b->matrix_bytes; at += 8) memcpy(codes + at, &(uint64_t){next_random(&random)}, 8);
-        for (size_t at = 0; at < b->scale_bytes; at++) codes[b->matrix_bytes + at] = (uint8_t)(0x28 + (next_random(&random) >> 33) % 24);
-    }
-}
-
-static moe4_weight matrix(const struct bench *b, size_t i, size_t rows, size_t cols) {
-    const uint8_t *codes = b->weights + i * (b->matrix_bytes + b->scale_bytes);
-    return (moe4_weight){.dtype = MOE4_NVFP4,
-                         .rows = rows,
-                         .cols = cols,
-                         .data = codes,
-                         .scale = codes + b->matrix_bytes,
-                         .global = 0.02f,
-                         .input_scale = 0.002f};
-}
-
 static int make_layer(struct bench *b, struct side *s, moe4_act act, double *pack_rate) {
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.n_experts = b->shape.n_experts;
-    o.top_k = b->shape.top_k;
-    o.act = act;
     const double start = now(b, s->ctx);
-    moe4_status status = moe4_moe_create(&s->moe, s->ctx, b->experts, &o);
-    *pack_rate = 6. * (double)b->shape.n_experts * (double)(b->matrix_bytes + b->scale_bytes) / (now(b, s->ctx) - start);
-    return status == MOE4_OK ? CLI_FINE : cli_fail(s->ctx, status, "bench");
+    const int exit_status = bench_layer_create(&s->moe, s->ctx, &b->layer, act);
+    *pack_rate = bench_layer_pack_bytes(&b->layer) / (now(b, s->ctx) - start);
+    return exit_status;
 }
 
 /* The step that bounds a mode's products on an ISA, by name. */
@@ -107,28 +62,18 @@ int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_a
                const char *isa, bool cpu_time, double *pack_rates) {
     struct bench *b = *bench_ret = calloc(1, sizeof *b + n_contexts * sizeof *b->side);
     if (!b) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
-    b->shape = *shape;
-    b->random = 88172645463325252u;
     b->cpu_time = cpu_time;
     b->n_sides = n_contexts;
-    b->matrix_bytes = shape->hidden * shape->intermediate / 2;
-    b->scale_bytes = shape->hidden * shape->intermediate / MOE4_BLOCK;
-    const size_t bytes = 3 * shape->n_experts * (b->matrix_bytes + b->scale_bytes);
-    b->weights = huge_alloc(bytes);
-    b->read_buffer = huge_alloc(READ_BUFFER);
-    b->experts = calloc(shape->n_experts, sizeof *b->experts);
-    if (!b->weights || !b->read_buffer || !b->experts) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%zu bytes)", bytes);
-    for (size_t e = 0; e < shape->n_experts; e++)
-        b->experts[e] = (moe4_expert){.gate = matrix(b, 3 * e, shape->intermediate, shape->hidden),
-                                      .up = matrix(b, 3 * e + 1, shape->intermediate, shape->hidden),
-                                      .down = matrix(b, 3 * e + 2, shape->hidden, shape->intermediate)};
+    b->read_buffer = bench_alloc(READ_BUFFER);
+    if (!b->read_buffer) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%d bytes)", READ_BUFFER);
     for (size_t i = 0; i < n_contexts; i++) {
         const struct cli_common common = {.n_threads = n_threads[i], .isa = isa};
         int exit_status = cli_open_ctx(&b->side[i].ctx, &common);
         if (exit_status != CLI_FINE) return exit_status;
         if (i == 0) {
-            moe4_parallel_for(b->side[i].ctx, FILL_TASKS, fill_task, b);
             memset(b->read_buffer, 1, READ_BUFFER);
+            exit_status = bench_layer_open(&b->layer, b->side[i].ctx, shape);
+            if (exit_status != CLI_FINE) return exit_status;
         }
         exit_status = make_layer(b, &b->side[i], act, &pack_rates[i]);
         if (exit_status != CLI_FINE) return exit_status;
@@ -145,8 +90,7 @@ void bench_close(struct bench *b) {
         moe4_ctx_destroy(b->side[i].ctx);
         free(b->side[i].workspace.data);
     }
-    free(b->experts);
-    free(b->weights);
+    bench_layer_close(&b->layer);
     free(b->read_buffer);
     free(b);
 }
@@ -201,18 +145,6 @@ struct input {
     float *weights;
 };
 
-/* Each token picks top_k distinct experts, uniformly. */
-static void choose_experts(struct bench *b, struct input *in) {
-    const size_t n = b->shape.n_experts, k = b->shape.top_k;
-    for (size_t t = 0; t < in->n_tokens; t++)
-        for (size_t i = 0; i < k;) {
-            const int32_t id = (int32_t)((next_random(&b->random) >> 32) * n >> 32);
-            size_t j = 0;
-            while (j < i && in->ids[t * k + j] != id) j++;
-            if (j == i) in->ids[t * k + i++] = id;
-        }
-}
-
 static moe4_status sample_forward(const struct bench *b, struct side *s, const struct input *in, size_t i, double *bytes_ret) {
     moe4_moe_report r = MOE4_MOE_REPORT_INIT;
     const double start = now(b, s->ctx);
@@ -231,18 +163,6 @@ static moe4_status sample_forward(const struct bench *b, struct side *s, const s
     return status;
 }
 
-static int by_value(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(const double *x, size_t n) {
-    double sorted[MAX_SAMPLES];
-    memcpy(sorted, x, n * sizeof *x);
-    qsort(sorted, n, sizeof *sorted, by_value);
-    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
-}
-
 /* Of the layer's weights and multiply-adds, how much belongs to a part. */
 static double part_of(enum bench_what what) {
     static const double parts[N_BENCH_WHATS] = {1, 1, 2. / 3, 1. / 3};
@@ -252,12 +172,12 @@ static double part_of(enum bench_what what) {
 static void summarize(const struct bench *b, const struct side *s, struct bench_result *r) {
     const size_t n = r->n_samples;
     r->n_threads = moe4_ctx_n_threads(s->ctx);
-    r->bytes = median(b->bytes, n);
-    r->read_bytes = median(s->read, n);
-    r->ceiling_macs = median(s->ceiling, n);
+    r->bytes = bench_median(b->bytes, n);
+    r->read_bytes = bench_median(s->read, n);
+    r->ceiling_macs = bench_median(s->ceiling, n);
     for (int w = 0; w < N_BENCH_WHATS; w++) {
         struct bench_figure *f = &r->figure[w];
-        double share[MAX_SAMPLES], best = s->time[w][0];
+        double share[BENCH_MAX_SAMPLES], best = s->time[w][0];
         const double arithmetic = r->ceiling_macs > 0 ? r->macs / r->ceiling_macs : 0;
         for (size_t i = 0; i < n; i++) {
             const double memory = b->bytes[i] / r->read_bytes,
@@ -265,18 +185,18 @@ static void summarize(const struct bench *b, const struct side *s, struct bench_
             share[i] = floor / s->time[w][i];
             best = s->time[w][i] < best ? s->time[w][i] : best;
         }
-        f->seconds = median(s->time[w], n);
+        f->seconds = bench_median(s->time[w], n);
         f->best_seconds = best;
         f->by_memory = r->bytes / r->read_bytes > arithmetic;
         f->floor_seconds = part_of((enum bench_what)w) * (f->by_memory ? r->bytes / r->read_bytes : arithmetic);
-        f->share = median(share, n);
+        f->share = bench_median(share, n);
     }
 }
 
 static int sample_all(struct bench *b, struct input *in, struct bench_result *results, double seconds) {
     size_t n = 0;
-    for (double end = cli_seconds() + seconds; n < MAX_SAMPLES && (n < MIN_SAMPLES || cli_seconds() < end); n++) {
-        choose_experts(b, in);
+    for (double end = cli_seconds() + seconds; n < BENCH_MAX_SAMPLES && (n < MIN_SAMPLES || cli_seconds() < end); n++) {
+        bench_layer_route(&b->layer, in->ids, in->n_tokens);
         for (size_t i = 0; i < b->n_sides; i++) {
             struct side *s = &b->side[i];
             s->read[n] = sample_read(b, s->ctx);
@@ -287,28 +207,27 @@ static int sample_all(struct bench *b, struct input *in, struct bench_result *re
     }
     for (size_t i = 0; i < b->n_sides; i++) {
         results[i] = (struct bench_result){.n_tokens = in->n_tokens, .n_samples = n};
-        results[i].macs = 3. * (double)in->n_tokens * (double)b->shape.top_k * (double)b->shape.hidden * (double)b->shape.intermediate;
+        results[i].macs = bench_layer_macs(&b->layer, in->n_tokens);
         summarize(b, &b->side[i], &results[i]);
     }
     return CLI_FINE;
 }
 
 static int make_input(struct bench *b, struct input *in) {
-    const size_t T = in->n_tokens, H = b->shape.hidden, k = b->shape.top_k;
+    const size_t T = in->n_tokens, H = b->layer.shape.hidden, k = b->layer.shape.top_k;
     in->x = malloc(T * H * sizeof *in->x);
     in->y = malloc(T * H * sizeof *in->y);
     in->ids = malloc(T * k * sizeof *in->ids);
     in->weights = malloc(T * k * sizeof *in->weights);
     if (!in->x || !in->y || !in->ids || !in->weights) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%zu tokens)", T);
-    for (size_t i = 0; i < T * H; i++) in->x[i] = moe4_bf16_from_float((float)(int64_t)next_random(&b->random) * 0x1p-62f);
-    for (size_t i = 0; i < T * k; i++) in->weights[i] = 1.f / (float)k;
+    bench_layer_input(&b->layer, in->x, T * H, in->weights, T * k);
     for (size_t i = 0; i < b->n_sides; i++) {
         struct side *s = &b->side[i];
         free(s->workspace.data);
         s->workspace = (moe4_workspace){NULL, 0};
         moe4_status status = moe4_moe_workspace_bytes(s->moe, &s->workspace.bytes, T);
         if (status != MOE4_OK) return cli_fail(s->ctx, status, "bench");
-        s->workspace.data = huge_alloc(s->workspace.bytes);
+        s->workspace.data = bench_alloc(s->workspace.bytes);
         if (!s->workspace.data) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%zu bytes)", s->workspace.bytes);
         memset(s->workspace.data, 0, s->workspace.bytes);
     }

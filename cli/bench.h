@@ -4,6 +4,8 @@
 
 #include "cli.h"
 
+enum { BENCH_MAX_SAMPLES = 400 };
+
 struct bench_shape {
     const char *name;
     size_t hidden, intermediate, n_experts, top_k;
@@ -42,5 +44,20 @@ const char *bench_step(const struct bench *bench);
 moe4_act bench_act(const struct bench *bench);
 /* Samples all contexts in turn for about `seconds`; results [n_contexts]. */
 int bench_measure(struct bench *bench, struct bench_result *results, size_t n_tokens, double seconds);
+
+/* The same on a device (bench_device.c). A sample is many calls queued one behind the other, with BENCH_ROUTINGS routings and inputs in
+ * turn, by the clock until the last is done; only the layer's figure means something. */
+enum { BENCH_ROUTINGS = 8 };
+struct bench_device;
+int bench_device_open(struct bench_device **bench_ret, const struct bench_shape *shape, moe4_act act, const struct cli_common *common,
+                      double *pack_rate);
+void bench_device_close(struct bench_device *bench);
+/* "cuda:0"; "NVIDIA H200"; the product that bounds arithmetic, or NULL where it is not known; the mode. */
+const char *bench_device_where(const struct bench_device *bench);
+const char *bench_device_name(const struct bench_device *bench);
+const char *bench_device_step(const struct bench_device *bench);
+moe4_act bench_device_act(const struct bench_device *bench);
+/* Ceilings first, then samples for about `seconds`. */
+int bench_device_measure(struct bench_device *bench, struct bench_result *result, size_t n_tokens, double seconds);
 
 #endif

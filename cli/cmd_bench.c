@@ -18,8 +18,9 @@ struct args {
     moe4_act act;
     size_t tokens[MAX_LIST], n_tokens, threads[MAX_LIST], n_threads;
     double seconds;
-    const char *isa, *csv;
-    bool cpu_time, explain, json;
+    const char *csv;
+    bool cpu_time, explain;
+    struct cli_common common;
 };
 
 /* ---- options ---- */
@@ -61,30 +62,34 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"tokens", CLI_TEXT, &tokens, "T,...", "batches to time (1,8,64)"},
         {"act", CLI_TEXT, &act, "MODE", "w4a16, static, tensor or token (default)"},
         {"threads", CLI_TEXT, &threads, "N,...", "thread counts, sampled in turn (all that this process may use)"},
-        {"isa", CLI_TEXT, &a->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"},
+        {"isa", CLI_TEXT, &a->common.isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"},
         {"seconds", CLI_NUMBER, &a->seconds, "S", "time for each batch (2)"},
         {"cpu-time", CLI_FLAG, &a->cpu_time, NULL,
          "count the threads' CPU time, not the clock's, for a machine that others use; no stages"},
+        CLI_DEVICE_OPTION(&a->common),
         {"csv", CLI_TEXT, &a->csv, "FILE", "write every figure to FILE"},
         {"explain", CLI_FLAG, &a->explain, NULL, "show every stage, and say what the columns mean"},
-        {"json", CLI_FLAG, &a->json, NULL, "print one JSON object instead of a table"},
+        {"json", CLI_FLAG, &a->common.json, NULL, "print one JSON object instead of a table"},
     };
     const struct cli_usage usage = {
         .synopsis = "[options]",
         .about = "Times one mixture-of-experts layer with random weights. Each token picks its experts uniformly. The floor of a\n"
                  "figure is the larger of two times measured in the same run: reading the weights of the experts that were\n"
-                 "hit at the machine's read bandwidth, and the products' multiply-adds at the rate of their inner step alone.\n"
+                 "hit at the machine's read bandwidth, and the products' multiply-adds at the rate of their inner step alone\n"
+                 "(on a device: at that of a large bf16 product by cuBLAS, where that is found).\n"
                  "Presets: v4-pro 7168,3072,48,6; v4-flash 4096,2048,32,6; qwen3-30b 2048,768,128,8.",
         .options = options,
         .n_options = sizeof options / sizeof *options,
         .examples = "moe4 bench\n"
                     "moe4 bench --shape 7168,3072,8,6 --tokens 1,4,16,256 --threads 1,2 --explain\n"
-                    "moe4 bench --shape qwen3-30b --tokens 64,256 --act w4a16 --csv qwen3.csv",
+                    "moe4 bench --shape qwen3-30b --tokens 64,256 --act w4a16 --csv qwen3.csv\n"
+                    "moe4 bench --device cuda --shape v4-pro --tokens 1,8,64 --act w4a16",
     };
     if (!cli_parse(argc, argv, &usage, NULL, 0, exit_ret)) return false;
     *exit_ret = CLI_FINE;
     a->n_tokens = read_list(a->tokens, tokens);
     a->n_threads = threads ? read_list(a->threads, threads) : 1;
+    a->common.n_threads = a->threads[0];
     if (!read_shape(&a->shape, shape))
         *exit_ret = cli_error(CLI_BAD_USAGE, "--shape", "\"%s\" is no preset, nor H,I,E,K with H and I multiples of %d and K <= E", shape,
                               MOE4_BLOCK);
@@ -94,6 +99,9 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         *exit_ret = cli_error(CLI_BAD_USAGE, "--threads", "\"%s\" is not a list of at most %d numbers above 0", threads, MAX_LIST);
     else if (act && (moe4_act_from_name(&a->act, act) != MOE4_OK || a->act == MOE4_ACT_BF16))
         *exit_ret = cli_error(CLI_BAD_USAGE, "--act", "\"%s\" is none of w4a16, static, tensor, token", act);
+    else if (cli_on_device(&a->common) && (a->cpu_time || a->n_threads > 1))
+        *exit_ret =
+            cli_error(CLI_BAD_USAGE, a->cpu_time ? "--cpu-time" : "--threads", "is for the CPU, not for --device %s", a->common.device);
     return *exit_ret == CLI_FINE;
 }
 
@@ -103,16 +111,17 @@ struct output {
     const struct args *args;
     FILE *csv;
     json_t *rows;
-    const char *isa, *step;
+    const char *isa, *step; /* on a device: "cuda:0", and what bounds arithmetic there */
+    const char *device;     /* "NVIDIA H200"; NULL on the CPU */
     moe4_act act;
 };
 
 static void print_header(const struct output *o, const double *pack_rates) {
     const struct args *a = o->args;
     const struct bench_shape *s = &a->shape;
-    if (a->json) return;
-    printf("%s: hidden %zu, intermediate %zu, %zu experts, top %zu; %s on %s\n", s->name, s->hidden, s->intermediate, s->n_experts,
-           s->top_k, moe4_act_name(o->act), o->isa);
+    if (a->common.json) return;
+    printf("%s: hidden %zu, intermediate %zu, %zu experts, top %zu; %s on %s%s%s\n", s->name, s->hidden, s->intermediate, s->n_experts,
+           s->top_k, moe4_act_name(o->act), o->isa, o->device ? ", " : "", o->device ? o->device : "");
     for (size_t i = 0; i < a->n_threads; i++)
         printf("prepared at %.1f GB/s read and written%s", pack_rates[i] / 1e9, i + 1 < a->n_threads ? "; " : "\n");
     printf("\n%6s %7s  %-9s %10s %10s %9s %8s %10s  %-10s %6s\n", "tokens", "threads", "what", "median ms", "best ms", "GMAC/s", "GB/s",
@@ -121,11 +130,17 @@ static void print_header(const struct output *o, const double *pack_rates) {
 
 static void print_explanation(const struct output *o) {
     printf("\nmedian, best   over the samples of this run\n"
-           "GMAC/s, GB/s   useful multiply-adds, and weight bytes of the experts hit, by the median time\n"
-           "floor          max(bytes / read bandwidth, multiply-adds / ceiling), both medians of samples taken in turn\n"
-           "               with the layer; ceiling: %s\n"
-           "share          floor / time: 1.00 is what the machine can do\n",
-           o->step ? o->step : "not known for this ISA, so only memory counts");
+           "GMAC/s, GB/s   useful multiply-adds, and weight bytes of the experts hit, by the median time\n");
+    if (o->device)
+        printf("sample         many calls queued one behind the other, with %d routings and inputs in turn, by the clock\n"
+               "floor          max(bytes / read bandwidth, multiply-adds / ceiling), measured before the samples;\n"
+               "               ceiling: %s\n",
+               BENCH_ROUTINGS, o->step ? o->step : "not known, as cuBLAS is not found: only memory counts");
+    else
+        printf("floor          max(bytes / read bandwidth, multiply-adds / ceiling), both medians of samples taken in turn\n"
+               "               with the layer; ceiling: %s\n",
+               o->step ? o->step : "not known for this ISA, so only memory counts");
+    printf("share          floor / time: 1.00 is what the machine can do\n");
 }
 
 static void put_figure(const struct output *o, const struct bench_result *r, int what) {
@@ -135,7 +150,7 @@ static void put_figure(const struct output *o, const struct bench_result *r, int
     const double part = what == BENCH_GATE_UP ? 2. / 3 : what == BENCH_DOWN ? 1. / 3 : product ? 1 : 0;
     const double macs = part * r->macs / f->seconds, bytes = part * r->bytes / f->seconds;
     const char *bound = !product ? "" : f->by_memory ? "memory" : "arithmetic";
-    if (!a->json && (a->explain || what <= BENCH_PRODUCTS)) {
+    if (!a->common.json && (a->explain || what <= BENCH_PRODUCTS)) {
         printf("%6zu %7zu  %-9s %10.4f %10.4f ", r->n_tokens, r->n_threads, bench_what_name((enum bench_what)what), f->seconds * 1e3,
                f->best_seconds * 1e3);
         if (product)
@@ -157,52 +172,70 @@ static void put_figure(const struct output *o, const struct bench_result *r, int
 }
 
 static void put_result(const struct output *o, const struct bench_result *r) {
-    const int n_whats = o->args->cpu_time ? BENCH_LAYER + 1 : N_BENCH_WHATS;
+    const int n_whats = o->args->cpu_time || o->device ? BENCH_LAYER + 1 : N_BENCH_WHATS;
     for (int what = 0; what < n_whats; what++) put_figure(o, r, what);
-    if (!o->args->json && o->args->explain)
+    if (!o->args->common.json && o->args->explain)
         printf("%6s %7s  read %.2f GB/s, ceiling %.2f GMAC/s, %zu samples\n", "", "", r->read_bytes / 1e9, r->ceiling_macs / 1e9,
                r->n_samples);
-    if (!o->args->json) fflush(stdout);
+    if (!o->args->common.json) fflush(stdout);
 }
 
-static int run(const struct args *a, struct bench *b, struct output *o) {
+/* What is measured: the one or the other. */
+struct measured {
+    struct bench *cpu;
+    struct bench_device *device;
+    double pack_rates[MAX_LIST];
+};
+
+static int open_measured(struct measured *m, const struct args *a) {
+    if (cli_on_device(&a->common)) return bench_device_open(&m->device, &a->shape, a->act, &a->common, m->pack_rates);
+    return bench_open(&m->cpu, &a->shape, a->act, a->threads, a->n_threads, a->common.isa, a->cpu_time, m->pack_rates);
+}
+
+static int run(const struct args *a, const struct measured *m, struct output *o) {
     struct bench_result results[MAX_LIST];
     for (size_t i = 0; i < a->n_tokens; i++) {
-        int exit_status = bench_measure(b, results, a->tokens[i], a->seconds);
+        int exit_status = m->device ? bench_device_measure(m->device, results, a->tokens[i], a->seconds)
+                                    : bench_measure(m->cpu, results, a->tokens[i], a->seconds);
         if (exit_status != CLI_FINE) return exit_status;
         for (size_t j = 0; j < a->n_threads; j++) put_result(o, &results[j]);
     }
-    if (a->explain && !a->json) print_explanation(o);
+    if (a->explain && !a->common.json) print_explanation(o);
     return CLI_FINE;
+}
+
+static void name_measured(struct output *o, const struct measured *m) {
+    o->isa = m->device ? bench_device_where(m->device) : bench_isa(m->cpu);
+    o->device = m->device ? bench_device_name(m->device) : NULL;
+    o->act = m->device ? bench_device_act(m->device) : bench_act(m->cpu);
+    o->step = m->device ? bench_device_step(m->device) : bench_step(m->cpu);
 }
 
 int cmd_bench(int argc, char **argv) {
     struct args args = {.n_threads = 0};
     struct output o = {.args = &args};
-    struct bench *bench = NULL;
-    double pack_rates[MAX_LIST];
+    struct measured measured = {.cpu = NULL};
     int exit_status;
     if (!read_args(&args, argc, argv, &exit_status)) return exit_status;
-    exit_status = bench_open(&bench, &args.shape, args.act, args.threads, args.n_threads, args.isa, args.cpu_time, pack_rates);
+    exit_status = open_measured(&measured, &args);
     if (exit_status == CLI_FINE && args.csv && !(o.csv = fopen(args.csv, "w")))
         exit_status = cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
     if (exit_status == CLI_FINE) {
-        o.isa = bench_isa(bench);
-        o.step = bench_step(bench);
-        o.act = bench_act(bench);
-        if (args.json) o.rows = json_array();
+        name_measured(&o, &measured);
+        if (args.common.json) o.rows = json_array();
         if (o.csv)
             fprintf(o.csv, "shape,hidden,intermediate,experts,top_k,act,isa,threads,tokens,what,samples,median_s,best_s,gmac_s,gb_s,"
                            "floor_s,bound,share,read_gb_s,ceiling_gmac_s\n");
-        print_header(&o, pack_rates);
-        exit_status = run(&args, bench, &o);
+        print_header(&o, measured.pack_rates);
+        exit_status = run(&args, &measured, &o);
     }
     if (o.csv && fclose(o.csv) != 0 && exit_status == CLI_FINE) exit_status = cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
-    if (exit_status == CLI_FINE && args.json)
-        exit_status = cli_print_json(json_pack("{ss ss ss ss* so}", "shape", args.shape.name, "act", moe4_act_name(o.act), "isa", o.isa,
-                                               "step", o.step, "figures", o.rows));
+    if (exit_status == CLI_FINE && args.common.json)
+        exit_status = cli_print_json(json_pack("{ss ss ss ss* ss* so}", "shape", args.shape.name, "act", moe4_act_name(o.act), "isa", o.isa,
+                                               "device", o.device, "step", o.step, "figures", o.rows));
     else
         json_decref(o.rows);
-    bench_close(bench);
+    bench_close(measured.cpu);
+    bench_device_close(measured.device);
     return exit_status;
 }

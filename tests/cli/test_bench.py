@@ -68,6 +68,8 @@ class Bench(CliCase):
         self.error("bench", "--threads", "0", status=BAD_USAGE, says="--threads")
         self.error("bench", "--act", "bf16", status=BAD_USAGE, says="--act")
         self.error("bench", "--isa", "mmx", status=BAD_USAGE, says="mmx")
+        self.error("bench", "--device", "cuda", "--cpu-time", status=BAD_USAGE, says=["--cpu-time", "cuda"])
+        self.error("bench", "--device", "cuda", "--threads", "1,2", status=BAD_USAGE, says=["--threads", "cuda"])
         self.error("bench", "model", status=BAD_USAGE, says="unexpected")
 
 

@@ -1,4 +1,5 @@
 """--device: names that are none, a machine without one, and what eval and generate give on one. The latter need a GPU."""
+import csv
 import subprocess
 import unittest
 
@@ -9,6 +10,7 @@ COMMANDS = {
     "run": ("run", MODEL, "--layer", 3, "--input", f"{GOLDEN}:tale.layer3.x"),
     "eval": ("eval", MODEL, "--text", TEXT, "--limit", 100),
     "generate": ("generate", MODEL, "-n", 4),
+    "bench": ("bench", "--shape", "256,128,8,2", "--tokens", "1", "--seconds", "0.05"),
 }
 
 
@@ -63,6 +65,27 @@ class OnDevice(CliCase):
         said = {self.json("eval", MODEL, "--text", TEXT, "--limit", 600, "--window", 100, "--device", "cuda", *more)["bits_per_byte"]
                 for more in ([], ["--threads", 1], ["--batch", 1], ["--batch", 5])}  # fmt: skip
         self.assertEqual(len(said), 1)
+
+    def test_bench(self):
+        """Figures that fit together, in the CPU's columns: the layer's only, which never beats its floor by much."""
+        for act in ("token", "w4a16"):
+            file = self.folder / f"{act}.csv"
+            args = ("bench", "--shape", "512,256,16,4", "--tokens", "1,64", "--seconds", "0.2", "--act", act, "--device", "cuda")
+            told = self.json(*args, "--csv", file)
+            self.assertEqual((told["act"], told["isa"]), (act, "cuda:0"))
+            self.assertEqual([(r["tokens"], r["what"]) for r in told["figures"]], [(1, "layer"), (64, "layer")])
+            for r in told["figures"]:
+                macs = 3 * r["tokens"] * 4 * 512 * 256
+                self.assertAlmostEqual(r["gmac_s"] * 1e9 * r["median_s"] / macs, 1, places=6)
+                self.assertTrue(0 < r["best_s"] <= r["median_s"] < 0.01, r)
+                self.assertTrue(0 < r["floor_s"] and 0 < r["share"] < 1.1, r)
+                self.assertGreater(r["read_gb_s"], 100)
+            with open(file, newline="") as lines:
+                self.assertEqual([(r["isa"], r["tokens"], r["what"]) for r in csv.DictReader(lines)],
+                                 [("cuda:0", "1", "layer"), ("cuda:0", "64", "layer")])  # fmt: skip
+            text = self.moe4(*args, "--explain").stdout
+            self.assertIn("many calls queued one behind the other", text)
+            self.assertIn("on cuda:0, ", text)
 
     def test_generate(self):
         ids = [self.json("generate", MODEL, "--prompt", "The ", "-n", 32, "--temperature", 0, "--act", "w4a16", "--device", "cuda")

@@ -1,0 +1,173 @@
+#include "bench_layer.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const double SAMPLE_SECONDS = 0.005; /* many times what waiting for the device takes */
+enum { MIN_SAMPLES = 5 };
+
+struct bench_device {
+    struct bench_layer layer;
+    moe4_ctx *ctx;
+    moe4_moe *moe;
+    moe4_ceilings ceilings;
+};
+
+int bench_device_open(struct bench_device **bench_ret, const struct bench_shape *shape, moe4_act act, const struct cli_common *common,
+                      double *pack_rate) {
+    struct bench_device *b = *bench_ret = calloc(1, sizeof *b);
+    if (!b) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
+    b->ceilings = (moe4_ceilings)MOE4_CEILINGS_INIT;
+    int exit_status = cli_open_ctx(&b->ctx, common);
+    if (exit_status != CLI_FINE) return exit_status;
+    moe4_status status = moe4_ctx_ceilings(b->ctx, &b->ceilings); /* before the weights are made: a device without room says so at once */
+    if (status != MOE4_OK) return cli_fail(b->ctx, status, "bench");
+    exit_status = bench_layer_open(&b->layer, b->ctx, shape);
+    const double start = cli_seconds();
+    if (exit_status == CLI_FINE) exit_status = bench_layer_create(&b->moe, b->ctx, &b->layer, act);
+    *pack_rate = bench_layer_pack_bytes(&b->layer) / (cli_seconds() - start);
+    return exit_status;
+}
+
+void bench_device_close(struct bench_device *b) {
+    if (!b) return;
+    bench_layer_close(&b->layer);
+    moe4_moe_destroy(b->moe);
+    moe4_ctx_destroy(b->ctx);
+    free(b);
+}
+
+const char *bench_device_name(const struct bench_device *b) {
+    return b->ceilings.device;
+}
+
+const char *bench_device_where(const struct bench_device *b) {
+    return moe4_ctx_device(b->ctx);
+}
+
+const char *bench_device_step(const struct bench_device *b) {
+    return b->ceilings.bf16_macs > 0 ? "a large bf16 product by cuBLAS" : NULL;
+}
+
+moe4_act bench_device_act(const struct bench_device *b) {
+    return moe4_moe_act(b->moe);
+}
+
+/* ---- inputs, all in the device's memory ---- */
+
+struct input {
+    size_t n_tokens, hidden, top_k;
+    void *x;       /* bf16 [BENCH_ROUTINGS, n_tokens, hidden] */
+    void *ids;     /* int32 [BENCH_ROUTINGS, n_tokens, top_k] */
+    void *weights; /* fp32 [n_tokens, top_k], the same for all */
+    void *y;
+    moe4_workspace workspace;
+};
+
+static moe4_status to_device(moe4_ctx *ctx, void **there_ret, const void *host, size_t bytes) {
+    moe4_status status = moe4_memory_alloc(ctx, there_ret, bytes);
+    return status == MOE4_OK ? moe4_memory_copy(ctx, *there_ret, host, bytes, NULL) : status;
+}
+
+static int make_input(struct bench_device *b, struct input *in) {
+    const size_t n_x = BENCH_ROUTINGS * in->n_tokens * in->hidden, n_slots = in->n_tokens * in->top_k, n_ids = BENCH_ROUTINGS * n_slots;
+    uint16_t *x = malloc(n_x * sizeof *x);
+    int32_t *ids = malloc(n_ids * sizeof *ids);
+    float *weights = malloc(n_slots * sizeof *weights);
+    moe4_status status = x && ids && weights ? MOE4_OK : MOE4_ERROR_MEMORY;
+    if (status == MOE4_OK) {
+        bench_layer_input(&b->layer, x, n_x, weights, n_slots);
+        bench_layer_route(&b->layer, ids, BENCH_ROUTINGS * in->n_tokens);
+        status = to_device(b->ctx, &in->x, x, n_x * sizeof *x);
+    }
+    if (status == MOE4_OK) status = to_device(b->ctx, &in->ids, ids, n_ids * sizeof *ids);
+    if (status == MOE4_OK) status = to_device(b->ctx, &in->weights, weights, n_slots * sizeof *weights);
+    if (status == MOE4_OK) status = moe4_memory_alloc(b->ctx, &in->y, in->n_tokens * in->hidden * sizeof *x);
+    if (status == MOE4_OK) status = moe4_moe_workspace_bytes(b->moe, &in->workspace.bytes, in->n_tokens);
+    if (status == MOE4_OK) status = moe4_memory_alloc(b->ctx, &in->workspace.data, in->workspace.bytes);
+    free(x);
+    free(ids);
+    free(weights);
+    return status == MOE4_OK ? CLI_FINE : cli_fail(b->ctx, status, "bench");
+}
+
+static void free_input(struct bench_device *b, struct input *in) {
+    void *const all[] = {in->x, in->ids, in->weights, in->y, in->workspace.data};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) moe4_memory_free(b->ctx, all[i]);
+}
+
+/* ---- sampling ---- */
+
+static moe4_status queue(const struct bench_device *b, const struct input *in, size_t routing) {
+    const uint16_t *x = (const uint16_t *)in->x + routing * in->n_tokens * in->hidden;
+    const int32_t *ids = (const int32_t *)in->ids + routing * in->n_tokens * in->top_k;
+    return moe4_moe_forward(b->moe, in->y, x, ids, in->weights, in->n_tokens, &in->workspace, NULL);
+}
+
+static moe4_status wait(const struct bench_device *b, const struct input *in) {
+    char byte;
+    return moe4_memory_copy(b->ctx, &byte, in->y, 1, NULL);
+}
+
+/* Seconds of one call, over n_rounds of all routings. */
+static moe4_status sample(const struct bench_device *b, const struct input *in, size_t n_rounds, double *seconds_ret) {
+    moe4_status status = MOE4_OK;
+    const double start = cli_seconds();
+    for (size_t i = 0; i < n_rounds * BENCH_ROUTINGS && status == MOE4_OK; i++) status = queue(b, in, i % BENCH_ROUTINGS);
+    if (status == MOE4_OK) status = wait(b, in);
+    *seconds_ret = (cli_seconds() - start) / (double)(n_rounds * BENCH_ROUTINGS);
+    return status;
+}
+
+/* Weight bytes of the experts hit, the mean over the routings. */
+static moe4_status count_bytes(const struct bench_device *b, const struct input *in, double *bytes_ret) {
+    *bytes_ret = 0;
+    for (size_t r = 0; r < BENCH_ROUTINGS; r++) {
+        moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+        moe4_status status = queue(b, in, r);
+        if (status == MOE4_OK) status = moe4_moe_report_read(b->moe, &report, NULL, &in->workspace, NULL);
+        if (status != MOE4_OK) return status;
+        *bytes_ret += (double)report.weight_bytes / BENCH_ROUTINGS;
+    }
+    return MOE4_OK;
+}
+
+static moe4_status sample_all(const struct bench_device *b, const struct input *in, struct bench_result *r, double seconds) {
+    double time[BENCH_MAX_SAMPLES], once;
+    moe4_status status = count_bytes(b, in, &r->bytes); /* the first calls, too */
+    if (status == MOE4_OK) status = sample(b, in, 1, &once);
+    const size_t n_rounds = status == MOE4_OK ? (size_t)(SAMPLE_SECONDS / (once * BENCH_ROUTINGS)) + 1 : 0;
+    for (double end = cli_seconds() + seconds;
+         status == MOE4_OK && r->n_samples < BENCH_MAX_SAMPLES && (r->n_samples < MIN_SAMPLES || cli_seconds() < end);)
+        status = sample(b, in, n_rounds, &time[r->n_samples++]);
+    if (status != MOE4_OK) return status;
+    struct bench_figure *f = &r->figure[BENCH_LAYER];
+    f->seconds = bench_median(time, r->n_samples);
+    f->best_seconds = time[0];
+    for (size_t i = 1; i < r->n_samples; i++) f->best_seconds = time[i] < f->best_seconds ? time[i] : f->best_seconds;
+    return MOE4_OK;
+}
+
+static void find_floor(struct bench_result *r) {
+    struct bench_figure *f = &r->figure[BENCH_LAYER];
+    const double memory = r->bytes / r->read_bytes, arithmetic = r->ceiling_macs > 0 ? r->macs / r->ceiling_macs : 0;
+    f->by_memory = memory > arithmetic;
+    f->floor_seconds = f->by_memory ? memory : arithmetic;
+    f->share = f->floor_seconds / f->seconds;
+}
+
+int bench_device_measure(struct bench_device *b, struct bench_result *r, size_t n_tokens, double seconds) {
+    struct input in = {.n_tokens = n_tokens, .hidden = b->layer.shape.hidden, .top_k = b->layer.shape.top_k};
+    *r = (struct bench_result){.n_threads = 1, .n_tokens = n_tokens, .macs = bench_layer_macs(&b->layer, n_tokens)};
+    moe4_status status = moe4_ctx_ceilings(b->ctx, &b->ceilings);
+    r->read_bytes = b->ceilings.read_bytes;
+    r->ceiling_macs = b->ceilings.bf16_macs;
+    int exit_status = status == MOE4_OK ? make_input(b, &in) : cli_fail(b->ctx, status, "bench");
+    if (exit_status == CLI_FINE) {
+        status = sample_all(b, &in, r, seconds);
+        if (status != MOE4_OK) exit_status = cli_fail(b->ctx, status, "bench");
+    }
+    if (exit_status == CLI_FINE) find_floor(r);
+    free_input(b, &in);
+    return exit_status;
+}
