@@ -1,10 +1,10 @@
 #include "bench_layer.h"
 
 #include <stdlib.h>
-#include <string.h>
+#include <unistd.h>
 
-static const double SAMPLE_SECONDS = 0.005; /* many times what waiting for the device takes */
-enum { MIN_SAMPLES = 5 };
+static const double SAMPLE_SECONDS = 0.003; /* hundreds of times what waiting for the device takes */
+enum { MIN_SAMPLES = 5, PAUSE_US = 2000 };  /* a pause between samples: what is timed is not what heat makes of it */
 
 struct bench_device {
     struct bench_layer layer;
@@ -138,8 +138,10 @@ static moe4_status sample_all(const struct bench_device *b, const struct input *
     if (status == MOE4_OK) status = sample(b, in, 1, &once);
     const size_t n_rounds = status == MOE4_OK ? (size_t)(SAMPLE_SECONDS / (once * BENCH_ROUTINGS)) + 1 : 0;
     for (double end = cli_seconds() + seconds;
-         status == MOE4_OK && r->n_samples < BENCH_MAX_SAMPLES && (r->n_samples < MIN_SAMPLES || cli_seconds() < end);)
+         status == MOE4_OK && r->n_samples < BENCH_MAX_SAMPLES && (r->n_samples < MIN_SAMPLES || cli_seconds() < end);) {
+        usleep(PAUSE_US);
         status = sample(b, in, n_rounds, &time[r->n_samples++]);
+    }
     if (status != MOE4_OK) return status;
     struct bench_figure *f = &r->figure[BENCH_LAYER];
     f->seconds = bench_median(time, r->n_samples);

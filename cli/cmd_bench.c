@@ -132,7 +132,8 @@ static void print_explanation(const struct output *o) {
     printf("\nmedian, best   over the samples of this run\n"
            "GMAC/s, GB/s   useful multiply-adds, and weight bytes of the experts hit, by the median time\n");
     if (o->device)
-        printf("sample         many calls queued one behind the other, with %d routings and inputs in turn, by the clock\n"
+        printf("sample         many calls queued one behind the other, with %d routings and inputs in turn, by the clock;\n"
+               "               a pause between samples\n"
                "floor          max(bytes / read bandwidth, multiply-adds / ceiling), measured before the samples;\n"
                "               ceiling: %s\n",
                BENCH_ROUTINGS, o->step ? o->step : "not known, as cuBLAS is not found: only memory counts");

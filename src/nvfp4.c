@@ -102,6 +102,24 @@ static const float *piece_of_x(const struct matrix_job *job, float buf[PIECE], s
     return buf;
 }
 
+/* ---- whose memory ---- */
+
+/* A few numbers are the host's even where matrices are a device's. */
+static moe4_status check_on_host(const moe4_ctx *ctx, const void *data, const char *name) {
+    bool on_device;
+    MOE4_TRY(moe4_buffers_owner(ctx, &on_device, &(struct moe4_buffer){data, name}, 1));
+    MOE4_CHECK(ctx, !on_device, MOE4_ERROR_ARGUMENT, "%s is memory of %s, need host memory", name, moe4_ctx_device(ctx));
+    return MOE4_OK;
+}
+
+/* Codes, scales and x or y are all a device's, or all the host's; an empty matrix is nobody's. */
+static moe4_status find_owner(const struct matrix_job *job, bool *on_device_ret) {
+    *on_device_ret = false;
+    if (job->rows == 0 || job->cols == 0) return MOE4_OK;
+    const struct moe4_buffer all[] = {{job->x, "x"}, {job->y, "y"}, {job->codes, "codes"}, {job->scales, "scales"}};
+    return moe4_buffers_owner(job->ctx, on_device_ret, all, 4);
+}
+
 static void amax_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
     float buf[PIECE];
     uint32_t bits = moe4_bits(job->ctx->kernels->amax_row(piece_of_x(job, buf, row, col, n), n));
@@ -116,7 +134,7 @@ static moe4_status amax(struct matrix_job *job, float *amax_ret) {
     MOE4_CHECK(job->ctx, amax_ret, MOE4_ERROR_ARGUMENT, "amax_ret is NULL");
     MOE4_TRY(check_matrix(job, job->x, "x"));
     bool on_device;
-    MOE4_TRY(moe4_buffers_owner(job->ctx, &on_device, &(struct moe4_buffer){job->x, "x"}, 1));
+    MOE4_TRY(find_owner(job, &on_device));
     if (on_device) {
         const moe4_codec_call c = device_call(job);
         return moe4_amax_on_device(&c, amax_ret);
@@ -125,22 +143,6 @@ static moe4_status amax(struct matrix_job *job, float *amax_ret) {
     run_pieces(job, amax_piece);
     *amax_ret = moe4_float(most);
     return MOE4_OK;
-}
-
-/* ---- whose memory ---- */
-
-/* A few numbers are the host's even where matrices are a device's. */
-static moe4_status check_on_host(const moe4_ctx *ctx, const void *data, const char *name) {
-    bool on_device;
-    MOE4_TRY(moe4_buffers_owner(ctx, &on_device, &(struct moe4_buffer){data, name}, 1));
-    MOE4_CHECK(ctx, !on_device, MOE4_ERROR_ARGUMENT, "%s is memory of %s, need host memory", name, moe4_ctx_device(ctx));
-    return MOE4_OK;
-}
-
-/* Codes, scales and x or y are all a device's, or all the host's. */
-static moe4_status find_owner(const struct matrix_job *job, bool *on_device_ret) {
-    const struct moe4_buffer all[] = {{job->x, "x"}, {job->y, "y"}, {job->codes, "codes"}, {job->scales, "scales"}};
-    return moe4_buffers_owner(job->ctx, on_device_ret, all, 4);
 }
 
 /* ---- options and globals ---- */
