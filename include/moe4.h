@@ -235,16 +235,26 @@ MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, mo
 
 /* ---- weights ----------------------------------------------------------------------------------------------------------------- */
 
-/* One matrix W[rows = N, cols = K], borrowed. y[T,N] = x[T,K] @ W^T. K is a multiple of 16 for NVFP4. No alignment is needed. */
+/* One matrix W[rows = N, cols = K], borrowed. y[T,N] = x[T,K] @ W^T. K is a multiple of 16 for NVFP4. No alignment is needed.
+ * FP8 (MOE4_F8_E4M3) has a scale for each block of scale_rows x scale_cols elements, [ceil(N/scale_rows), ceil(K/scale_cols)] of them; a
+ * value is e4m3 * scale, rounded once to fp32. An object that gets an FP8 matrix reads it once and keeps its values, in BF16 where the
+ * scales are powers of two (F8_E8M0), otherwise in F32, and runs it as an unquantized one. Not on a device. */
 typedef struct moe4_weight {
-    moe4_dtype dtype; /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32 */
+    moe4_dtype dtype; /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32, MOE4_F8_E4M3 */
     size_t rows, cols;
-    const void *data;     /* NVFP4: codes [N, K/2]; otherwise [N, K] */
-    const uint8_t *scale; /* NVFP4: E4M3 [N, K/16], linear; otherwise NULL */
-    float global;         /* NVFP4: factor of the value (weight_scale_2; 1/weight_global_scale) */
-    float input_scale;    /* NVFP4: decode global of the calibrated input; 0 when there is none */
-    const float *bias;    /* fp32 [N], added to the finished product; or NULL */
+    const void *data;              /* NVFP4: codes [N, K/2]; otherwise [N, K] */
+    const uint8_t *scale;          /* NVFP4: E4M3 [N, K/16], linear; FP8: of scale_dtype; otherwise NULL */
+    float global;                  /* NVFP4: factor of the value (weight_scale_2; 1/weight_global_scale) */
+    float input_scale;             /* NVFP4: decode global of the calibrated input; 0 when there is none */
+    const float *bias;             /* fp32 [N], added to the finished product; or NULL */
+    moe4_dtype scale_dtype;        /* FP8: F32, BF16, F16 or F8_E8M0 */
+    size_t scale_rows, scale_cols; /* FP8: of a block; N and K for one scale in all */
 } moe4_weight;
+
+/* y[n_rows, cols] fp32, contiguous = the values of rows [row, row + n_rows) of a weight of any dtype, in host memory. Errors: ARGUMENT (a
+ * dtype that is none of a weight, a NULL, rows beyond the last), FORMAT (NVFP4: a scale byte that is NaN or signed). An FP8 byte or scale
+ * that is NaN gives NaN. */
+MOE4_API moe4_status moe4_weight_values(moe4_ctx *ctx, float *y, const moe4_weight *weight, size_t row, size_t n_rows);
 
 typedef struct moe4_weight_stats {
     size_t struct_size;

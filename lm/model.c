@@ -54,8 +54,9 @@ static moe4_act act_for(struct lm_model *model, moe4_act asked, bool nvfp4) {
 }
 
 static uint64_t weight_bytes(const moe4_weight *w) {
+    moe4_dtype kept = w->dtype != MOE4_F8_E4M3 ? w->dtype : w->scale_dtype == MOE4_F8_E8M0 ? MOE4_BF16 : MOE4_F32;
     return w->dtype == MOE4_NVFP4 ? (uint64_t)w->rows * (w->cols / 2 + w->cols / MOE4_BLOCK)
-                                  : (uint64_t)w->rows * w->cols * moe4_dtype_bytes(w->dtype);
+                                  : (uint64_t)w->rows * w->cols * moe4_dtype_bytes(kept);
 }
 
 static moe4_status find_matrix(struct lm_model *model, moe4_weight *w, size_t rows, size_t cols, const char *module) {

@@ -23,18 +23,6 @@ struct job {
 
 /* ---- one matrix ---- */
 
-/* y[n, cols] = rows [row, row + n) in fp32. */
-static moe4_status values(moe4_ctx *ctx, float *y, const moe4_weight *w, size_t row, size_t n) {
-    if (w->dtype == MOE4_NVFP4) {
-        moe4_quantize_options o = MOE4_QUANTIZE_OPTIONS_INIT;
-        o.global = &w->global;
-        return moe4_nvfp4_dequantize(ctx, y, MOE4_F32, 0, (const uint8_t *)w->data + row * (w->cols / 2),
-                                     w->scale + row * (w->cols / MOE4_BLOCK), n, w->cols, &o);
-    }
-    for (size_t i = 0; i < n * w->cols; i++) y[i] = lm_element(w->data, w->dtype, row * w->cols + i);
-    return MOE4_OK;
-}
-
 static void count_bytes(struct quantize_difference *d, const moe4_weight *a, const moe4_weight *b) {
     const uint8_t *x = a->data, *y = b->data;
     size_t n = a->rows * a->cols;
@@ -53,8 +41,8 @@ static moe4_status add_errors(moe4_ctx *ctx, struct quantize_difference *d, cons
     moe4_status status = x ? MOE4_OK : MOE4_ERROR_MEMORY;
     for (size_t row = 0; status == MOE4_OK && row < a->rows; row += step) {
         size_t n = a->rows - row < step ? a->rows - row : step;
-        status = values(ctx, x, a, row, n);
-        if (status == MOE4_OK) status = values(ctx, y, b, row, n);
+        status = moe4_weight_values(ctx, x, a, row, n);
+        if (status == MOE4_OK) status = moe4_weight_values(ctx, y, b, row, n);
         for (size_t i = 0; status == MOE4_OK && i < n * a->cols; i++) {
             double error = (double)x[i] - y[i];
             d->error_sq += error * error;
@@ -74,7 +62,7 @@ static void drop_pages(const void *data, size_t bytes) {
 static void drop_weight(const moe4_weight *w) {
     size_t n = w->rows * w->cols;
     drop_pages(w->data, w->dtype == MOE4_NVFP4 ? n / 2 : n * moe4_dtype_bytes(w->dtype));
-    drop_pages(w->scale, n / MOE4_BLOCK);
+    if (w->dtype == MOE4_NVFP4) drop_pages(w->scale, n / MOE4_BLOCK);
 }
 
 static void note(struct job *job, moe4_status status, const char *name, const char *why) {

@@ -9,9 +9,12 @@
 /* Experts of one shape and one format: a layer's routed ones, or its shared one. */
 struct moe4_experts {
     size_t n, hidden, intermediate;
-    moe4_expert *expert;   /* [n]; the global of an unquantized matrix is 1 */
-    moe4_act act_x, act_h; /* what the input of gate/up and of down is rounded to */
-    void *prepared;        /* the backend's: packed weights and the kernels that read them */
+    moe4_expert *expert; /* [n]; the global of an unquantized matrix is 1 */
+    struct moe4_wide {
+        void *gate, *up, *down; /* values of FP8 matrices; NULL for others */
+    } * wide;                   /* [n] */
+    moe4_act act_x, act_h;      /* what the input of gate/up and of down is rounded to */
+    void *prepared;             /* the backend's: packed weights and the kernels that read them */
 };
 
 enum { MOE4_MAX_GROUPS = 2 };
@@ -47,6 +50,7 @@ struct moe4_linear {
     size_t cols;
     float input_scale;   /* STATIC: the largest of the weights' */
     moe4_weight *weight; /* the global of an unquantized matrix is 1 */
+    void **wide;         /* [n_weights]: values of FP8 matrices; NULL for others */
     size_t n_weights;
     void *prepared;
 };
@@ -68,6 +72,7 @@ struct moe4_grouped {
     moe4_grouped_options o;
     size_t rows, cols; /* of each matrix */
     moe4_weight *weight;
+    void **wide; /* as moe4_linear's */
     size_t n_groups;
     void *prepared;
 };
@@ -189,6 +194,18 @@ moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const mo
 
 /* One matrix's own rules: dtype, shape, pointers, globals. `what` names it in the error. */
 moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
+/* An FP8 matrix becomes one of BF16 or F32 in *store_ret, which is the caller's to free; others stay as they are, and *store_ret is NULL.
+ * Errors: ARGUMENT, MEMORY, UNSUPPORTED (a device), FORMAT (a value that is not finite: row and column). */
+moe4_status moe4_fp8_widen(const moe4_ctx *ctx, moe4_weight *w, void **store_ret, const char *what);
+/* What it becomes. */
+moe4_dtype moe4_fp8_wide_dtype(const moe4_weight *w);
+/* y[n_rows, cols] = rows [row, row + n_rows), which are there. */
+moe4_status moe4_fp8_rows(const moe4_ctx *ctx, float *y, const moe4_weight *w, size_t row, size_t n_rows);
+/* The matrices of an object: copied to *weight_ret [n], FP8 widened into *wide_ret [n], each one checked; all of one format and K, and with
+ * same_rows of one N; their mode in *act, which comes as the option says. On failure the caller releases what there is. */
+moe4_status moe4_weights_take(const moe4_ctx *ctx, moe4_weight **weight_ret, void ***wide_ret, const moe4_weight *weights, size_t n,
+                              bool same_rows, moe4_act *act, moe4_dtype x_dtype);
+void moe4_weights_release(const moe4_ctx *ctx, moe4_weight *weight, void **wide, size_t n);
 /* No block scale of an NVFP4 matrix is NaN or signed: FORMAT with the place. Reads every scale byte. */
 moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
 /* x_dtype is F32, BF16, F16 or NVFP4; y_dtype F32 or BF16. */

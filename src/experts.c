@@ -1,6 +1,7 @@
 /* The rules that weights and experts must keep before any backend sees them. */
 #include <math.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "backend.h"
@@ -34,7 +35,7 @@ static bool positive(float x) {
 moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
     bool nvfp4 = w->dtype == MOE4_NVFP4;
     MOE4_CHECK(ctx, nvfp4 || w->dtype == MOE4_BF16 || w->dtype == MOE4_F16 || w->dtype == MOE4_F32, MOE4_ERROR_ARGUMENT,
-               "%s: dtype %s (weights are NVFP4, BF16, F16 or F32)", what, moe4_dtype_name(w->dtype));
+               "%s: dtype %s (weights are NVFP4, BF16, F16, F32 or F8_E4M3)", what, moe4_dtype_name(w->dtype));
     MOE4_CHECK(ctx, w->data && (!nvfp4 || w->scale), MOE4_ERROR_ARGUMENT, "%s: NULL %s", what, w->data ? "scale" : "data");
     MOE4_CHECK(ctx, w->rows && w->cols, MOE4_ERROR_ARGUMENT, "%s: shape %zu x %zu", what, w->rows, w->cols);
     size_t bytes;
@@ -120,4 +121,53 @@ moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const c
     MOE4_CHECK(ctx, bad == SIZE_MAX, MOE4_ERROR_FORMAT, "%s: block scale [%zu, %zu] is 0x%02x, a %s (0x00 to 0x7e are scales)", what,
                bad / n, bad % n, w->scale[bad], w->scale[bad] == 0x7F ? "NaN" : "signed byte");
     return MOE4_OK;
+}
+
+/* ---- the matrices of a linear ---- */
+
+static moe4_status check_mode(const moe4_ctx *ctx, moe4_act *act, moe4_dtype dtype) {
+    MOE4_CHECK(ctx, (unsigned)*act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)*act);
+    moe4_act runs = moe4_act_resolve(*act, dtype);
+    MOE4_CHECK(ctx, *act == MOE4_ACT_DEFAULT || runs == *act, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the weights are %s",
+               moe4_act_name(*act), moe4_dtype_name(dtype));
+    *act = runs;
+    return MOE4_OK;
+}
+
+static moe4_status check_beside(const moe4_ctx *ctx, const moe4_weight *w, const moe4_weight *first, bool same_rows, const char *what) {
+    MOE4_CHECK(ctx, !same_rows || (w->rows == first->rows && w->cols == first->cols), MOE4_ERROR_ARGUMENT,
+               "%s: shape %zu x %zu, weight 0 has %zu x %zu", what, w->rows, w->cols, first->rows, first->cols);
+    MOE4_CHECK(ctx, w->cols == first->cols, MOE4_ERROR_ARGUMENT, "%s: %zu columns, weight 0 has %zu", what, w->cols, first->cols);
+    MOE4_CHECK(ctx, w->dtype == first->dtype, MOE4_ERROR_ARGUMENT, "%s: dtype %s, weight 0 has %s", what, moe4_dtype_name(w->dtype),
+               moe4_dtype_name(first->dtype));
+    return MOE4_OK;
+}
+
+moe4_status moe4_weights_take(const moe4_ctx *ctx, moe4_weight **weight_ret, void ***wide_ret, const moe4_weight *weights, size_t n,
+                              bool same_rows, moe4_act *act, moe4_dtype x_dtype) {
+    MOE4_TRY(check_mode(ctx, act, weights->dtype));
+    moe4_weight *all = *weight_ret = moe4_calloc(ctx, n, sizeof *weights, "weights");
+    if (!all) return MOE4_ERROR_MEMORY;
+    void **wide = *wide_ret = moe4_calloc(ctx, n, sizeof *wide, "weights");
+    if (!wide) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        moe4_weight *w = &all[i];
+        char what[32];
+        *w = weights[i];
+        snprintf(what, sizeof what, "weight %zu", i);
+        MOE4_TRY(moe4_fp8_widen(ctx, w, &wide[i], what));
+        MOE4_TRY(moe4_weight_check(ctx, w, what));
+        MOE4_TRY(check_beside(ctx, w, all, same_rows, what));
+        MOE4_CHECK(ctx, *act != MOE4_ACT_STATIC || w->input_scale > 0 || x_dtype == MOE4_NVFP4, MOE4_ERROR_ARGUMENT,
+                   "%s: mode static needs an input_scale (%g)", what, (double)w->input_scale);
+        MOE4_TRY(moe4_scales_check(ctx, w, what));
+        if (w->dtype != MOE4_NVFP4) w->global = 1;
+    }
+    return MOE4_OK;
+}
+
+void moe4_weights_release(const moe4_ctx *ctx, moe4_weight *weight, void **wide, size_t n) {
+    for (size_t i = 0; wide && i < n; i++) moe4_free(ctx, wide[i]);
+    moe4_free(ctx, wide);
+    moe4_free(ctx, weight);
 }

@@ -1,7 +1,4 @@
 /* Grouped linear: each group of rows meets its own matrix. */
-#include <stdio.h>
-#include <string.h>
-
 #include "backend.h"
 #include "fpenv.h"
 
@@ -20,32 +17,11 @@ static moe4_status grouped_init(moe4_grouped *g, const moe4_weight *weights, siz
     moe4_grouped_options *o = &g->o;
     MOE4_CHECK(ctx, ctx->backend->takes_rows, MOE4_ERROR_UNSUPPORTED, "products of groups of rows do not run on %s yet",
                ctx->backend->name);
-    MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
     MOE4_TRY(moe4_io_check(ctx, o->x_dtype, o->y_dtype));
-    moe4_act act = moe4_act_resolve(o->act, weights->dtype);
-    MOE4_CHECK(ctx, o->act == MOE4_ACT_DEFAULT || act == o->act, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the weights are %s",
-               moe4_act_name(o->act), moe4_dtype_name(weights->dtype));
-    o->act = act;
-    g->rows = weights->rows;
-    g->cols = weights->cols;
-    g->weight = moe4_calloc(ctx, n_groups, sizeof *weights, "weights");
-    if (!g->weight) return MOE4_ERROR_MEMORY;
-    memcpy(g->weight, weights, n_groups * sizeof *weights);
     g->n_groups = n_groups;
-    for (size_t i = 0; i < n_groups; i++) {
-        moe4_weight *w = &g->weight[i];
-        char what[32];
-        snprintf(what, sizeof what, "weight %zu", i);
-        MOE4_TRY(moe4_weight_check(ctx, w, what));
-        MOE4_CHECK(ctx, w->rows == g->rows && w->cols == g->cols, MOE4_ERROR_ARGUMENT, "%s: shape %zu x %zu, weight 0 has %zu x %zu", what,
-                   w->rows, w->cols, g->rows, g->cols);
-        MOE4_CHECK(ctx, w->dtype == weights->dtype, MOE4_ERROR_ARGUMENT, "%s: dtype %s, weight 0 has %s", what, moe4_dtype_name(w->dtype),
-                   moe4_dtype_name(weights->dtype));
-        MOE4_CHECK(ctx, act != MOE4_ACT_STATIC || w->input_scale > 0 || o->x_dtype == MOE4_NVFP4, MOE4_ERROR_ARGUMENT,
-                   "%s: mode static needs an input_scale (%g)", what, (double)w->input_scale);
-        MOE4_TRY(moe4_scales_check(ctx, w, what));
-        if (w->dtype != MOE4_NVFP4) w->global = 1;
-    }
+    MOE4_TRY(moe4_weights_take(ctx, &g->weight, &g->wide, weights, n_groups, true, &o->act, o->x_dtype));
+    g->rows = g->weight->rows;
+    g->cols = g->weight->cols;
     size_t n = o->block_diagonal ? n_groups : 1;
     if (!o->x_ld) o->x_ld = n * g->cols;
     if (!o->y_ld) o->y_ld = n * g->rows;
@@ -79,7 +55,7 @@ moe4_status moe4_grouped_create(moe4_grouped **grouped_ret, moe4_ctx *ctx, const
 void moe4_grouped_destroy(moe4_grouped *g) {
     if (!g) return;
     if (g->prepared) g->ctx->backend->grouped_release(g);
-    moe4_free(g->ctx, g->weight);
+    moe4_weights_release(g->ctx, g->weight, g->wide, g->n_groups);
     moe4_free(g->ctx, g);
 }
 

@@ -1,5 +1,7 @@
-/* Counts over a weight's block scales: the facts that decide correctness and speed. */
-#include "internal.h"
+/* What a weight holds: counts over its block scales, the facts that decide correctness and speed; and its values. */
+#include <string.h>
+
+#include "backend.h"
 
 moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, const moe4_weight *weight) {
     moe4_begin(ctx);
@@ -29,5 +31,34 @@ moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, con
     }
     stats.n_scale_448 = count[0x7E];
     moe4_struct_write(stats_ret, &stats, sizeof stats);
+    return MOE4_OK;
+}
+
+static float element(const moe4_weight *w, size_t i) {
+    uint16_t half;
+    float x;
+    if (w->dtype == MOE4_F32) {
+        memcpy(&x, (const char *)w->data + 4 * i, sizeof x);
+        return x;
+    }
+    memcpy(&half, (const char *)w->data + 2 * i, sizeof half);
+    return w->dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
+}
+
+moe4_status moe4_weight_values(moe4_ctx *ctx, float *y, const moe4_weight *weight, size_t row, size_t n_rows) {
+    moe4_begin(ctx);
+    MOE4_CHECK(ctx, weight && (y || !n_rows), MOE4_ERROR_ARGUMENT, "%s is NULL", weight ? "y" : "weight");
+    const moe4_weight *w = weight;
+    MOE4_CHECK(ctx, row <= w->rows && n_rows <= w->rows - row, MOE4_ERROR_ARGUMENT, "rows %zu + %zu, the weight has %zu", row, n_rows,
+               w->rows);
+    if (w->dtype == MOE4_F8_E4M3) return moe4_fp8_rows(ctx, y, w, row, n_rows);
+    MOE4_TRY(moe4_weight_check(ctx, w, "weight"));
+    if (w->dtype == MOE4_NVFP4) {
+        moe4_quantize_options o = MOE4_QUANTIZE_OPTIONS_INIT;
+        o.global = &w->global;
+        return moe4_nvfp4_dequantize(ctx, y, MOE4_F32, 0, (const uint8_t *)w->data + row * (w->cols / 2),
+                                     w->scale + row * (w->cols / MOE4_BLOCK), n_rows, w->cols, &o);
+    }
+    for (size_t i = 0; i < n_rows * w->cols; i++) y[i] = element(w, row * w->cols + i);
     return MOE4_OK;
 }

@@ -1,42 +1,20 @@
 /* Linear: one or several matrices that read the same rows. */
-#include <stdio.h>
-#include <string.h>
-
 #include "backend.h"
 #include "fpenv.h"
 
 static moe4_status linear_init(moe4_linear *l, const moe4_weight *weights, size_t n_weights) {
     const moe4_ctx *ctx = l->ctx;
     moe4_linear_options *o = &l->o;
-    MOE4_CHECK(ctx, (unsigned)o->act <= MOE4_ACT_BF16, MOE4_ERROR_ARGUMENT, "options.act: %d is no mode", (int)o->act);
     MOE4_TRY(moe4_io_check(ctx, o->x_dtype, o->y_dtype));
-    l->cols = weights->cols;
-    moe4_act act = moe4_act_resolve(o->act, weights->dtype);
-    MOE4_CHECK(ctx, o->act == MOE4_ACT_DEFAULT || act == o->act, MOE4_ERROR_ARGUMENT, "options.act: mode %s, but the weights are %s",
-               moe4_act_name(o->act), moe4_dtype_name(weights->dtype));
-    o->act = act;
+    l->n_weights = n_weights;
+    MOE4_TRY(moe4_weights_take(ctx, &l->weight, &l->wide, weights, n_weights, false, &o->act, o->x_dtype));
+    l->cols = l->weight->cols;
+    for (size_t i = 0; i < n_weights; i++)
+        if (l->weight[i].input_scale > l->input_scale) l->input_scale = l->weight[i].input_scale;
     if (!o->x_ld) o->x_ld = l->cols;
     MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4 || l->cols % MOE4_BLOCK == 0, MOE4_ERROR_ARGUMENT,
                "options.x_dtype: NVFP4, and %zu columns are not a multiple of %d", l->cols, MOE4_BLOCK);
     MOE4_CHECK(ctx, o->x_ld >= l->cols, MOE4_ERROR_ARGUMENT, "options.x_ld: %zu, the rows have %zu", o->x_ld, l->cols);
-    for (size_t i = 0; i < n_weights; i++) {
-        char what[32];
-        snprintf(what, sizeof what, "weight %zu", i);
-        MOE4_TRY(moe4_weight_check(ctx, &weights[i], what));
-        MOE4_CHECK(ctx, weights[i].cols == l->cols, MOE4_ERROR_ARGUMENT, "%s: %zu columns, weight 0 has %zu", what, weights[i].cols,
-                   l->cols);
-        MOE4_CHECK(ctx, weights[i].dtype == weights->dtype, MOE4_ERROR_ARGUMENT, "%s: dtype %s, weight 0 has %s", what,
-                   moe4_dtype_name(weights[i].dtype), moe4_dtype_name(weights->dtype));
-        MOE4_CHECK(ctx, act != MOE4_ACT_STATIC || weights[i].input_scale > 0, MOE4_ERROR_ARGUMENT,
-                   "%s: mode static needs an input_scale (%g)", what, (double)weights[i].input_scale);
-        MOE4_TRY(moe4_scales_check(ctx, &weights[i], what));
-        if (weights[i].input_scale > l->input_scale) l->input_scale = weights[i].input_scale;
-    }
-    l->weight = moe4_calloc(ctx, n_weights, sizeof *weights, "weights");
-    if (!l->weight) return MOE4_ERROR_MEMORY;
-    memcpy(l->weight, weights, n_weights * sizeof *weights);
-    for (size_t i = 0; i < n_weights && weights->dtype != MOE4_NVFP4; i++) l->weight[i].global = 1;
-    l->n_weights = n_weights;
     return ctx->backend->linear_prepare(l);
 }
 
@@ -64,7 +42,7 @@ moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx, const mo
 void moe4_linear_destroy(moe4_linear *l) {
     if (!l) return;
     l->ctx->backend->linear_release(l);
-    moe4_free(l->ctx, l->weight);
+    moe4_weights_release(l->ctx, l->weight, l->wide, l->n_weights);
     moe4_free(l->ctx, l);
 }
 

@@ -45,6 +45,22 @@ static moe4_status check_input_scales(const moe4_moe *moe, const struct moe4_exp
     return MOE4_OK;
 }
 
+static moe4_status widen_expert(const moe4_moe *moe, moe4_expert *e, struct moe4_wide *wide, const char *name, size_t number) {
+    char what[64];
+    snprintf(what, sizeof what, "%s %zu up", name, number);
+    MOE4_TRY(moe4_fp8_widen(moe->ctx, &e->up, &wide->up, what));
+    snprintf(what, sizeof what, "%s %zu down", name, number);
+    MOE4_TRY(moe4_fp8_widen(moe->ctx, &e->down, &wide->down, what));
+    snprintf(what, sizeof what, "%s %zu gate", name, number);
+    return moe->o.activation == MOE4_RELU2 ? MOE4_OK : moe4_fp8_widen(moe->ctx, &e->gate, &wide->gate, what);
+}
+
+static void free_wide(const moe4_ctx *ctx, const struct moe4_wide *wide) {
+    moe4_free(ctx, wide->gate);
+    moe4_free(ctx, wide->up);
+    moe4_free(ctx, wide->down);
+}
+
 /* The copy that the layer keeps: no gate where none is read, global 1 where there is none. */
 static void settle_expert(const moe4_moe *moe, moe4_expert *e) {
     if (moe->o.activation == MOE4_RELU2) e->gate = (moe4_weight){0};
@@ -64,8 +80,11 @@ static moe4_status add_group(moe4_moe *moe, const moe4_expert *experts, size_t n
     g->act_x = moe4_act_resolve(moe->o.act, experts->up.dtype);
     g->act_h = moe4_act_resolve(moe->o.act, experts->down.dtype);
     moe->n_groups++; /* from here on destroy releases it */
+    g->wide = moe4_calloc(ctx, n, sizeof *g->wide, name);
+    if (!g->wide) return MOE4_ERROR_MEMORY;
     for (size_t e = 0; e < n; e++) {
-        MOE4_TRY(check_expert(moe, &experts[e], experts, name, e));
+        MOE4_TRY(widen_expert(moe, &g->expert[e], &g->wide[e], name, e));
+        MOE4_TRY(check_expert(moe, &g->expert[e], g->expert, name, e));
         settle_expert(moe, &g->expert[e]);
     }
     MOE4_TRY(check_input_scales(moe, g, name));
@@ -155,6 +174,8 @@ void moe4_moe_destroy(moe4_moe *moe) {
     if (!moe) return;
     for (size_t g = 0; g < moe->n_groups; g++) {
         moe->ctx->backend->experts_release(moe->ctx, &moe->group[g]);
+        for (size_t e = 0; moe->group[g].wide && e < moe->group[g].n; e++) free_wide(moe->ctx, &moe->group[g].wide[e]);
+        moe4_free(moe->ctx, moe->group[g].wide);
         moe4_free(moe->ctx, moe->group[g].expert);
     }
     moe4_free(moe->ctx, moe);
@@ -164,6 +185,20 @@ moe4_act moe4_moe_act(const moe4_moe *moe) {
     return moe->o.act;
 }
 
+static moe4_status put_expert(moe4_moe *moe, struct moe4_experts *g, size_t e, moe4_expert *expert) {
+    struct moe4_experts one = *g;
+    one.expert = expert;
+    one.n = 1;
+    MOE4_TRY(check_expert(moe, expert, g->expert, "expert", e));
+    MOE4_TRY(check_input_scales(moe, &one, "new expert"));
+    settle_expert(moe, expert);
+    const moe4_expert old = g->expert[e];
+    g->expert[e] = *expert;
+    moe4_status status = moe->ctx->backend->expert_replaced(moe->ctx, g, e);
+    if (status != MOE4_OK) g->expert[e] = old;
+    return status;
+}
+
 moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *expert) {
     moe4_ctx *ctx = moe->ctx;
     moe4_begin(ctx);
@@ -171,17 +206,16 @@ moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *
     MOE4_CHECK(ctx, e < g->n, MOE4_ERROR_ARGUMENT, "moe4_moe_replace_expert: expert %zu of %zu", e, g->n);
     MOE4_CHECK(ctx, expert, MOE4_ERROR_ARGUMENT, "moe4_moe_replace_expert: NULL expert");
     moe4_expert copy = *expert;
-    struct moe4_experts one = *g;
-    one.expert = &copy;
-    one.n = 1;
-    MOE4_TRY(check_expert(moe, &copy, g->expert, "expert", e));
-    MOE4_TRY(check_input_scales(moe, &one, "new expert"));
-    settle_expert(moe, &copy);
-    const moe4_expert old = g->expert[e];
-    g->expert[e] = copy;
-    moe4_status status = ctx->backend->expert_replaced(ctx, g, e);
-    if (status != MOE4_OK) g->expert[e] = old;
-    return status;
+    struct moe4_wide wide = {NULL, NULL, NULL};
+    moe4_status status = widen_expert(moe, &copy, &wide, "expert", e);
+    if (status == MOE4_OK) status = put_expert(moe, g, e, &copy);
+    if (status != MOE4_OK) {
+        free_wide(ctx, &wide);
+        return status;
+    }
+    free_wide(ctx, &g->wide[e]);
+    g->wide[e] = wide;
+    return MOE4_OK;
 }
 
 /* ---- running it ---- */

@@ -53,6 +53,7 @@ struct module {
 static void read_plain(struct module *m, moe4_weight *w);
 static void read_modelopt(struct module *m, moe4_weight *w);
 static void read_compressed_tensors(struct module *m, moe4_weight *w);
+static void read_fp8(struct module *m, moe4_weight *w);
 
 #define DTYPE(d) (1u << (d))
 static const struct format {
@@ -71,9 +72,9 @@ static const struct format {
      DTYPE(MOE4_U8) | DTYPE(MOE4_F8_E8M0), NULL},
     {"compressed-tensors integers (weight_packed, floating-point weight_scale)", BIT(WEIGHT_PACKED) | BIT(WEIGHT_SCALE), 0, 0,
      DTYPE(MOE4_I32), DTYPE(MOE4_BF16) | DTYPE(MOE4_F16) | DTYPE(MOE4_F32), NULL},
-    {"FP8 block-scaled (weight_scale_inv)", BIT(WEIGHT) | BIT(WEIGHT_SCALE_INV), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_INV), 0, 0, NULL},
-    {"FP8 (weight_scale)", BIT(WEIGHT) | BIT(WEIGHT_SCALE), BIT(INPUT_SCALE), 0, DTYPE(MOE4_F8_E4M3), 0, NULL},
-    {"FP8 block-scaled (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_F8_E4M3), 0, NULL},
+    {"FP8 block-scaled (weight_scale_inv)", BIT(WEIGHT) | BIT(WEIGHT_SCALE_INV), BIT(INPUT_SCALE), BIT(WEIGHT_SCALE_INV), 0, 0, read_fp8},
+    {"FP8 (weight_scale)", BIT(WEIGHT) | BIT(WEIGHT_SCALE), BIT(INPUT_SCALE), 0, DTYPE(MOE4_F8_E4M3), 0, read_fp8},
+    {"FP8 block-scaled (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_F8_E4M3), 0, read_fp8},
     {"MXFP4 (scale)", BIT(WEIGHT) | BIT(SCALE), 0, 0, DTYPE(MOE4_I8) | DTYPE(MOE4_U8), 0, NULL},
     {"MXFP4 (blocks, scales)", BIT(BLOCKS) | BIT(SCALES), 0, BIT(BLOCKS), 0, 0, NULL},
     {"GPTQ or AWQ (qweight)", BIT(QWEIGHT), 0, BIT(QWEIGHT), 0, 0, NULL},
@@ -202,6 +203,32 @@ static void read_compressed_tensors(struct module *m, moe4_weight *w) {
     float global = read_divisor(m, m->part[WEIGHT_GLOBAL_SCALE]);
     float input_scale = m->part[INPUT_GLOBAL_SCALE] ? read_divisor(m, m->part[INPUT_GLOBAL_SCALE]) : 0;
     read_nvfp4(m, w, m->part[WEIGHT_PACKED], global, input_scale);
+}
+
+/* The rows or columns that n scales over `size` of them stand for: all, one, or the 128 or 32 that are in use; 0 for none of these. */
+static size_t fp8_block(size_t size, size_t n) {
+    if (n == 1) return size;
+    if (n == size) return 1;
+    return (size + 127) / 128 == n ? 128 : (size + 31) / 32 == n ? 32 : 0;
+}
+
+/* An input_scale beside it is of no use here: inputs are not rounded. */
+static void read_fp8(struct module *m, moe4_weight *w) {
+    const moe4_tensor *t = m->part[WEIGHT], *s = m->part[WEIGHT_SCALE_INV];
+    char a[64], b[64];
+    if (!s) s = m->part[WEIGHT_SCALE] ? m->part[WEIGHT_SCALE] : m->part[SCALE];
+    if (t->dtype != MOE4_F8_E4M3) wrong(m, MOE4_ERROR_FORMAT, t->name, "dtype %s, need F8_E4M3", moe4_dtype_name(t->dtype));
+    if (!check_matrix(m, t)) return;
+    if (m->rows) check_shape(m, t, m->rows, m->cols);
+    if (!(DTYPE(s->dtype) & (DTYPE(MOE4_F32) | DTYPE(MOE4_BF16) | DTYPE(MOE4_F16) | DTYPE(MOE4_F8_E8M0))))
+        wrong(m, MOE4_ERROR_FORMAT, s->name, "dtype %s, need F32, BF16, F16 or F8_E8M0", moe4_dtype_name(s->dtype));
+    size_t rows = t->shape[0], cols = t->shape[1];
+    *w = (moe4_weight){.dtype = t->dtype, .rows = rows, .cols = cols, .data = t->data, .scale = s->data, .scale_dtype = s->dtype};
+    w->scale_rows = s->n_dims <= 2 ? fp8_block(rows, s->n_dims ? s->shape[0] : 1) : 0;
+    w->scale_cols = fp8_block(cols, s->n_dims > 1 ? s->shape[1] : 1);
+    if (!w->scale_rows || !w->scale_cols)
+        wrong(m, MOE4_ERROR_FORMAT, s->name, "%s, no scales of %s: moe4 reads one, one a row, and blocks of 128x128 or 32x32",
+              shape_text(a, s), shape_text(b, t));
 }
 
 /* ---- choosing ---- */

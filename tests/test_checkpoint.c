@@ -458,14 +458,25 @@ static void test_companions(void **state) {
         {"a vector", MOE4_ERROR_FORMAT, "a.weight: 6, need a matrix", {{"a.weight", "BF16", "[6]", 12, NULL}}},
         {"3-D", MOE4_ERROR_UNSUPPORTED, "unsupported: a.weight: fused 3-D experts (2x3x1)", {{"a.weight", "BF16", "[2,3,1]", 12, NULL}}},
         {"I32", MOE4_ERROR_UNSUPPORTED, "a.weight: dtype I32 without scales", {{"a.weight", "I32", "[2,3]", 24, NULL}}},
-        {"FP8 block",
-         MOE4_ERROR_UNSUPPORTED,
-         "unsupported: a: FP8 block-scaled (weight_scale_inv)",
-         {{"a.weight", "F8_E4M3", "[2,8]", 16, NULL}, {"a.weight_scale_inv", "F32", "[1,1]", 4, ONE}}},
+        {"FP8 block", MOE4_OK, "", {{"a.weight", "F8_E4M3", "[2,200]", 400, NULL}, {"a.weight_scale_inv", "F32", "[1,2]", 8, NULL}}},
+        {"FP8 block of 32", MOE4_OK, "", {{"a.weight", "F8_E4M3", "[2,200]", 400, NULL}, {"a.scale", "F8_E8M0", "[1,7]", 7, NULL}}},
+        {"FP8 row", MOE4_OK, "", {{"a.weight", "F8_E4M3", "[2,200]", 400, NULL}, {"a.weight_scale", "BF16", "[2,1]", 4, NULL}}},
         {"FP8",
-         MOE4_ERROR_UNSUPPORTED,
-         "unsupported: a: FP8 (weight_scale)",
+         MOE4_OK,
+         "",
          {{"a.weight", "F8_E4M3", "[2,8]", 16, NULL}, {"a.weight_scale", "F32", "[]", 4, ONE}, {"a.input_scale", "F32", "[]", 4, ONE}}},
+        {"FP8 with blocks of 50",
+         MOE4_ERROR_FORMAT,
+         "a.weight_scale_inv: 1x4, no scales of 2x200",
+         {{"a.weight", "F8_E4M3", "[2,200]", 400, NULL}, {"a.weight_scale_inv", "F32", "[1,4]", 16, NULL}}},
+        {"FP8 with integers for scales",
+         MOE4_ERROR_FORMAT,
+         "a.weight_scale_inv: dtype I32, need F32, BF16, F16 or F8_E8M0",
+         {{"a.weight", "F8_E4M3", "[2,8]", 16, NULL}, {"a.weight_scale_inv", "I32", "[1,1]", 4, NULL}}},
+        {"E5M2",
+         MOE4_ERROR_FORMAT,
+         "a.weight: dtype F8_E5M2, need F8_E4M3",
+         {{"a.weight", "F8_E5M2", "[2,8]", 16, NULL}, {"a.weight_scale_inv", "F32", "[1,1]", 4, ONE}}},
         {"compressed-tensors", MOE4_OK, "", {{PACKED(16)}, {SCALES(2)}, {GLOBAL_OF(TWO)}, {"a.input_global_scale", "F32", "[1]", 4, TWO}}},
         {"compressed-tensors without an input scale", MOE4_OK, "", {{PACKED(8)}, {SCALES(1)}, {GLOBAL_OF(ONE)}}},
         {"compressed-tensors, narrow scales",
@@ -524,6 +535,10 @@ static void test_companions(void **state) {
             assert_true(w.global == 1 && w.input_scale == 1);
         }
         if (i == 1) assert_true(w.input_scale == 0);
+        if (strcmp(cases[i].what, "FP8 block") == 0) assert_true(w.scale_rows == 2 && w.scale_cols == 128 && w.scale_dtype == MOE4_F32);
+        if (strcmp(cases[i].what, "FP8 block of 32") == 0) assert_true(w.scale_cols == 32 && w.scale_dtype == MOE4_F8_E8M0);
+        if (strcmp(cases[i].what, "FP8 row") == 0) assert_true(w.scale_rows == 1 && w.scale_cols == 200);
+        if (strcmp(cases[i].what, "FP8") == 0) assert_true(w.scale_rows == 2 && w.scale_cols == 8);
         if (strcmp(cases[i].what, "compressed-tensors") == 0) { /* divisors, of 2 */
             assert_int_equal(w.dtype, MOE4_NVFP4);
             assert_int_equal(w.cols, 32);

@@ -13,8 +13,7 @@ import reference  # noqa: E402
 from cli_case import BAD_DATA, BAD_USAGE, CliCase  # noqa: E402
 
 MODES = {"w4a16": 1e-4, "static": 5e-4, "tensor": 5e-4, "token": 5e-4}
-UNSUPPORTED = {"deepseek_v3-fp8": ["FP8 block-scaled (weight_scale_inv)"], "deepseek_v4-fp8": ["FP8 block-scaled (scale)"],
-               "deepseek_v4-mxfp4": ["FP8 block-scaled (scale)", "MXFP4 (scale)"]}
+UNSUPPORTED = {"deepseek_v4-mxfp4": ["MXFP4 (scale)"]}
 
 
 class FamilyCase(CliCase):
@@ -111,14 +110,6 @@ class Facts(FamilyCase):
 
 
 class Refused(FamilyCase):
-    def test_fp8_shared_expert(self):
-        """By name, in the call that needs it; without it the layer runs (check_model has run it)."""
-        for name, layer, words in (("deepseek_v3-fp8", 1, "model.layers.1.mlp.shared_experts.gate_proj: FP8 block-scaled (weight_scale_inv)"),
-                                   ("deepseek_v4-fp8", 0, "layers.0.ffn.shared_experts.w1: FP8 block-scaled (scale)")):  # fmt: skip
-            folder = self.make(name)
-            self.error(*self.arguments(name, folder, layer), "--shared", status=BAD_DATA, says=["unsupported: ", words])
-            self.assertEqual(self.inspect(folder)["layers"][layer]["format"], "mixed")
-
     def test_mxfp4_experts(self):
         folder = self.make("deepseek_v4-mxfp4")
         words = ["unsupported: ", "layers.0.ffn.experts.0.w1: MXFP4 (scale)"]

@@ -385,17 +385,17 @@ static void test_not_in_index(void **state) {
 static void test_unsupported_formats(void **state) {
     (void)state;
     files_safetensors("model.safetensors",
-                      "{\"a.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[2,1],\"data_offsets\":[0,2]},"
-                      "\"a.weight_scale_inv\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[2,6]},"
-                      "\"b.weight\":{\"dtype\":\"F8_E4M3\",\"shape\":[2,1],\"data_offsets\":[6,8]},"
-                      "\"b.weight_scale_inv\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[8,12]}}",
-                      NULL, 12);
+                      "{\"a.weight\":{\"dtype\":\"I8\",\"shape\":[2,1],\"data_offsets\":[0,2]},"
+                      "\"a.scale\":{\"dtype\":\"F8_E8M0\",\"shape\":[1,1],\"data_offsets\":[2,3]},"
+                      "\"b.weight\":{\"dtype\":\"I8\",\"shape\":[2,1],\"data_offsets\":[3,5]},"
+                      "\"b.scale\":{\"dtype\":\"F8_E8M0\",\"shape\":[1,1],\"data_offsets\":[5,6]}}",
+                      NULL, 6);
     free(model);
     model = files_read(files_path("model.safetensors"), &model_bytes);
     edit_config("\"glm4_moe\"", "\"llama\"");
     verify();
     assert_int_equal(told.n, 2);
-    expect_told("a: unsupported: FP8 block-scaled (weight_scale_inv) (and 1 more)");
+    expect_told("a: unsupported: MXFP4 (scale) (and 1 more)");
 }
 
 static int stop_at_once(void *user, uint64_t done, uint64_t total) {

@@ -34,13 +34,29 @@ def to_bf16(x):
     return from_bf16(codec.bf16_bits(x.astype(f64)))
 
 
+def from_fp8(bytes_, scale):
+    """E4M3 with a scale for each block, of 32 or 128 rows and columns, whichever the shapes say; E8M0 scales are bytes."""
+    sign, exponent, mantissa = bytes_ >> 7, (bytes_ >> 3 & 15).astype(int), (bytes_ & 7).astype(f64)
+    magnitude = np.where(exponent, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa * 2.0**-9)
+    scale = 2.0 ** (scale.astype(f64) - 127) if scale.dtype == np.uint8 else scale.astype(f64)
+    for axis in (0, 1):
+        n = bytes_.shape[axis]
+        (block,) = {b for b in (32, 128) if -(-n // b) == scale.shape[axis]} if scale.shape[axis] > 1 else {n}
+        scale = np.repeat(scale, block, axis).take(range(n), axis)
+    return np.where(sign, -magnitude, magnitude) * scale
+
+
 class Matrix:
     """W [N,K] in fp64 without its global factor, which is fp32 as the contract has it."""
 
     def __init__(self, tensors, name):
         packed = tensors.get(f"{name}.weight_packed")
+        fp8 = next((tensors[name + end] for end in (".weight_scale_inv", ".scale") if name + end in tensors), None)
         self.quantized = packed is not None or f"{name}.weight_scale_2" in tensors
         self.factor = self.input_scale = f32(1)
+        if fp8 is not None:
+            self.w = from_fp8(tensors[f"{name}.weight"], fp8)
+            return
         if not self.quantized:
             self.w = from_bf16(tensors[f"{name}.weight"])
             return
@@ -138,7 +154,7 @@ class Layer:
             return
         self.ids, self.weights = route(spec, tensors, prefix, layer, self.x, inputs["token_ids"])
         self.experts = [Expert(spec, tensors, f"{prefix}{spec['experts']}{e}.") for e in range(families.EXPERTS)]
-        if spec["shared"] and spec.get("shared_format", spec["format"]) == spec["format"]:
+        if spec["shared"]:
             self.shared = Expert(spec, tensors, prefix + spec["shared"])
 
     def run(self, mode, with_shared):
