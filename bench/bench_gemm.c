@@ -119,7 +119,7 @@ static void sample(struct samples *cpu, struct samples *wall, struct bench *b, s
     b->cpu = b->macs = 0;
     b->taken = 0;
     const double t0 = seconds(CLOCK_MONOTONIC);
-    moe4_pool_run(b->ctx->pool, n_tasks, fn, b);
+    moe4_pool_run(b->ctx->pool, n_tasks, SIZE_MAX, fn, b);
     const double t = seconds(CLOCK_MONOTONIC) - t0;
     if (cpu->n == MAX_SAMPLES) return;
     wall->rate[wall->n++] = b->macs / t;

@@ -75,9 +75,20 @@ typedef void (*moe4_free_fn)(void *user, void *data);
 /* One line without a newline; may be called from any thread. */
 typedef void (*moe4_log_fn)(void *user, const char *line);
 
+/* fn(arg, task) for one task. */
+typedef void (*moe4_task_fn)(void *arg, size_t task);
+/* An engine's own threads instead of moe4's: fn(arg, task) exactly once for each task < n_tasks, in any order and on any threads; returns
+ * when all of them have. moe4 asks for at most n_threads tasks at a time, which share the work out among themselves, so none needs to wait
+ * for another and running all of them one after the other is correct. It is called from every thread that calls moe4, from several at
+ * once, also inside a task of the engine's that calls moe4; moe4's own tasks never call it. It cannot fail (with no thread to spare it
+ * runs the tasks itself) and must not unwind through moe4. What a task wrote must be seen by the thread that asked, as a join sees it.
+ * The floating-point settings of its threads do not matter. */
+typedef void (*moe4_run_fn)(void *user, size_t n_tasks, moe4_task_fn fn, void *arg);
+
 typedef struct moe4_ctx_options {
     size_t struct_size;
-    size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one */
+    size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one. A thread
+                          * without work looks for some for 50 microseconds, then it sleeps */
     uint32_t isa_mask;   /* 0: everything this CPU has; otherwise the MOE4_ISA_ bits that may be used (SCALAR always may) */
     const char *device;  /* NULL or "cpu"; "cuda" or "cuda:N" when libmoe4_cuda.so is there */
     moe4_alloc_fn alloc; /* both or neither; NULL: the C library's */
@@ -85,9 +96,11 @@ typedef struct moe4_ctx_options {
     void *alloc_user;
     moe4_log_fn log; /* NULL: silent */
     void *log_user;
+    moe4_run_fn run; /* NULL: threads of moe4's own; otherwise none are started, and n_threads is how many this runs on at once */
+    void *run_user;
 } moe4_ctx_options;
 #define MOE4_CTX_OPTIONS_INIT \
-    { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL }
+    { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL }
 
 /* Makes a context. Errors: ARGUMENT (an unknown ISA bit, an unknown device, half an allocator, more threads than 1024), MEMORY, DEVICE (no
  * plug-in, driver or device, or one too old). As there is no context to ask, the sentence goes to options->log. */
@@ -128,7 +141,6 @@ MOE4_API const char *moe4_ctx_device(const moe4_ctx *ctx);
 /* fn(arg, task) once for each task < n_tasks on the context's threads, the calling one among them; returns when all are done. For what an
  * engine computes between layers, without a second pool. Which thread takes which task is not fixed: tasks write to places of their own.
  * Any number of threads may be in it at once. */
-typedef void (*moe4_task_fn)(void *arg, size_t task);
 MOE4_API void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg);
 /* The isa_mask for a name as moe4_ctx_isa gives it: that ISA and all below. 0 for an unknown name. */
 MOE4_API uint32_t moe4_isa_mask(const char *name);

@@ -120,7 +120,7 @@ static moe4_status ctx_init(moe4_ctx *ctx, const moe4_ctx_options *o) {
     ctx->backend = &moe4_backend_cpu;
     snprintf(ctx->device_name, sizeof ctx->device_name, "cpu");
     MOE4_TRY(choose_isa(ctx, o->isa_mask));
-    MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads()));
+    MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads(), o->run, o->run_user));
     if (o->device && strcmp(o->device, "cpu") != 0) MOE4_TRY(moe4_device_open(ctx, o->device));
     return moe4_errors_init(ctx); /* last: until then a failure goes to the log */
 }
@@ -179,5 +179,5 @@ const char *moe4_ctx_device(const moe4_ctx *ctx) {
 }
 
 void moe4_parallel_for(moe4_ctx *ctx, size_t n_tasks, moe4_task_fn fn, void *arg) {
-    moe4_pool_run(ctx->pool, n_tasks, fn, arg);
+    moe4_pool_run(ctx->pool, n_tasks, SIZE_MAX, fn, arg);
 }

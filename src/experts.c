@@ -116,7 +116,7 @@ moe4_status moe4_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const c
     if (ctx->backend->scales_check) MOE4_TRY(ctx->backend->scales_check(ctx, w, what, &host));
     if (!host) return MOE4_OK;
     struct scan s = {.scale = w->scale, .bytes = w->rows * (w->cols / MOE4_BLOCK), .first_bad = SIZE_MAX};
-    moe4_pool_run(ctx->pool, (s.bytes + SCAN_BYTES - 1) / SCAN_BYTES, scan_task, &s);
+    moe4_pool_run(ctx->pool, (s.bytes + SCAN_BYTES - 1) / SCAN_BYTES, SIZE_MAX, scan_task, &s);
     size_t bad = s.first_bad, n = w->cols / MOE4_BLOCK;
     MOE4_CHECK(ctx, bad == SIZE_MAX, MOE4_ERROR_FORMAT, "%s: block scale [%zu, %zu] is 0x%02x, a %s (0x00 to 0x7e are scales)", what,
                bad / n, bad % n, w->scale[bad], w->scale[bad] == 0x7F ? "NaN" : "signed byte");

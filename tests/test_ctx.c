@@ -1,4 +1,4 @@
-/* The context: options, error texts by thread, the pool. */
+/* The context: options, error texts by thread. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -8,7 +8,6 @@
 #include <cmocka.h>
 
 #include <pthread.h>
-#include <stdatomic.h>
 
 #include "internal.h"
 
@@ -84,45 +83,11 @@ static void test_error_belongs_to_its_thread(void **state) {
     moe4_ctx_destroy(ctx);
 }
 
-struct count {
-    moe4_ctx *ctx;
-    atomic_int done[1000];
-};
-static void count_task(void *arg, size_t task) {
-    atomic_fetch_add(&((struct count *)arg)->done[task], 1);
-}
-static void *run_jobs(void *arg) {
-    moe4_ctx *ctx = arg;
-    struct count *c = calloc(1, sizeof *c);
-    for (int round = 0; round < 200; round++) moe4_parallel_for(ctx, 1 + (size_t)round * 5 % 1000, count_task, c);
-    for (int i = 0, n = 0; i < 1000; i++, n = 0) {
-        for (int round = 0; round < 200; round++) n += i < 1 + round * 5 % 1000;
-        assert_int_equal(c->done[i], n);
-    }
-    free(c);
-    return NULL;
-}
-
-static void test_pool_shared_by_callers(void **state) {
-    (void)state;
-    for (size_t n = 1; n <= 4; n++) {
-        moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-        o.n_threads = n;
-        moe4_ctx *ctx;
-        assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-        pthread_t t[4];
-        for (int i = 0; i < 4; i++) assert_int_equal(pthread_create(&t[i], NULL, run_jobs, ctx), 0);
-        for (int i = 0; i < 4; i++) pthread_join(t[i], NULL);
-        moe4_ctx_destroy(ctx);
-    }
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bad_options),
         cmocka_unit_test(test_options_of_other_versions),
         cmocka_unit_test(test_error_belongs_to_its_thread),
-        cmocka_unit_test(test_pool_shared_by_callers),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

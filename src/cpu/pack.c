@@ -46,7 +46,7 @@ void moe4_repack(moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
         packs[i].first_task = tasks;
         if (packs[i].matrix->packed) tasks += (packs[i].matrix->w.rows + TASK_COLS - 1) / TASK_COLS;
     }
-    moe4_pool_run(ctx->pool, tasks, pack_task, &all);
+    moe4_pool_run(ctx->pool, tasks, SIZE_MAX, pack_task, &all);
 }
 
 moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {

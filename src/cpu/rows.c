@@ -101,11 +101,7 @@ void moe4_chunks_pack_codes(void *row, float *factor_ret, const uint8_t *codes, 
 /* ---- the stage ---- */
 
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg) {
-    if (work < 1 << 18) {
-        for (size_t i = 0; i < n_tasks; i++) fn(arg, i);
-    } else {
-        moe4_pool_run(ctx->pool, n_tasks, fn, arg);
-    }
+    moe4_pool_run(ctx->pool, n_tasks, work < (double)SIZE_MAX ? (size_t)(work / MOE4_THREAD_WORK) : SIZE_MAX, fn, arg);
 }
 
 struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm *gemm, size_t n_rows, size_t n_matrices, size_t n_cols,

@@ -63,7 +63,9 @@ struct moe4_task_size {
 struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm *gemm, size_t n_rows, size_t n_matrices, size_t n_cols,
                                      size_t k);
 
-/* moe4_pool_run, or plainly on the caller when `work` (multiply-adds, or elements times ten) would not pay for waking a worker. */
+/* moe4_pool_run on as many threads as `work` (multiply-adds, or elements times ten) has use for: below this much for each, telling another
+ * thread takes longer than it helps (docs/cpu.md). */
+enum { MOE4_THREAD_WORK = 1 << 17 };
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg);
 
 #endif
