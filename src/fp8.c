@@ -92,7 +92,7 @@ static moe4_status widen(const moe4_ctx *ctx, const moe4_weight *w, void *to, co
         if (!z.scratch) return MOE4_ERROR_MEMORY;
     }
     struct moe4_fpenv env = moe4_fpenv_enter();
-    moe4_pool_run(ctx->pool, z.n_tasks, widen_task, &z);
+    moe4_pool_run(ctx->pool, z.n_tasks, SIZE_MAX, widen_task, &z);
     moe4_fpenv_leave(env);
     moe4_free(ctx, z.scratch);
     size_t bad = z.first_bad;
