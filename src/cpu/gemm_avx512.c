@@ -95,7 +95,7 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
             const __m512i x = once(_mm512_load_si512(w->code[b][0])), z = once(_mm512_load_si512(w->code[b][1]));
             const __m512i w0 = _mm512_permutexvar_epi8(x, table), w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(x, 4), table);
             const __m512i w2 = _mm512_permutexvar_epi8(z, table), w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(z, 4), table);
-            const __m512i mantissa = _mm512_srli_epi32(scales, 8 * b); /* in bits 0..2 */
+            const __m512i mantissa = once(_mm512_loadu_si512((const char *)w->scale + b));
             const __m512i sw = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
 #pragma GCC unroll 24
             for (int m = 0; m < n_rows; m++) {

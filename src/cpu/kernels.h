@@ -48,6 +48,7 @@ struct moe4_rounding {
 struct moe4_gemm {
     const char *name;
     size_t tile_cols; /* divides MOE4_TASK_COLS; col0 and n_cols are multiples of it, but for the last columns of a matrix */
+    size_t many_cols; /* columns of a call with many rows; 0: as many as keep their weights in the second-level cache */
 
     /* Bytes of the packed form of w (64-byte aligned); 0: read in place. pack writes columns (rows of W) [col0, col0 + n_cols). */
     size_t (*packed_bytes)(const moe4_weight *w);

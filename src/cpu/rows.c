@@ -109,11 +109,11 @@ struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm
     enum { MOST_COLS = 8 * MOE4_TASK_COLS, WEIGHT_BYTES = 300 << 10, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
     if (!gemm->pack) return (struct moe4_task_size){MOE4_TASK_COLS, MOE4_TASK_FLOATS / MOE4_TASK_COLS}; /* decodes once for all rows */
     /* Each task starts a new stream of weights, so its columns are many, while there are tasks enough for all threads. Few rows read
-     * their weights once; for many they should stay in the second-level cache. */
+     * their weights once; for many they should stay in the second-level cache, unless a call reads them only once anyway. */
     const bool few = n_rows <= FEW_ROWS * n_matrices;
-    size_t cols = MOST_COLS;
-    while (cols > MOE4_TASK_COLS &&
-           ((!few && cols * k / 16 * 9 > WEIGHT_BYTES) || n_matrices * n_cols < TASKS_PER_THREAD * moe4_ctx_n_threads(ctx) * cols))
+    size_t cols = few || !gemm->many_cols ? MOST_COLS : gemm->many_cols;
+    while (cols > MOE4_TASK_COLS && ((!few && !gemm->many_cols && cols * k / 16 * 9 > WEIGHT_BYTES) ||
+                                     n_matrices * n_cols < TASKS_PER_THREAD * moe4_ctx_n_threads(ctx) * cols))
         cols /= 2;
     return (struct moe4_task_size){cols, MOE4_TASK_FLOATS / cols};
 }

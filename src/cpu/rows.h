@@ -56,7 +56,7 @@ static inline void moe4_cpu_finish_row(const struct moe4_kernels *kernels, float
 
 /* The size of a task of a product: columns of one matrix, and how many rows at a time, so that MOE4_TASK_FLOATS hold the outputs. n_rows
  * rows meet n_matrices matrices of n_cols columns and k. */
-enum { MOE4_TASK_FLOATS = 7168 };
+enum { MOE4_TASK_FLOATS = 10752 };
 struct moe4_task_size {
     size_t cols, rows;
 };

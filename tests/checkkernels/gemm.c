@@ -7,7 +7,7 @@
 
 #include "checkkernels.h"
 
-enum { MOST_K = 1552, MOST_N = 40, MOST_ROWS = 30, N_CASES = 60 };
+enum { MOST_K = 1552, FEW_N = 40, MOST_N = 300 /* past the widest panel */, MOST_ROWS = 30, N_CASES = 62 };
 
 /* One product: operands as the kernels read them, and as fp64. */
 struct product {
@@ -148,7 +148,8 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
         struct product p = {.gemm = gemm, .act = act, .a = a, .b = b, .counted = true, .kept = true, .n_rows = 1 + (size_t)i % MOST_ROWS};
         p.k = ks[random_below(&c->random, sizeof ks / sizeof *ks)];
         if (dtype != MOE4_NVFP4) p.k -= random_below(&c->random, 16); /* any k at all */
-        p.n = i < MOST_N ? 1 + (size_t)i : 1 + random_below(&c->random, MOST_N);
+        p.n = i < FEW_N ? 1 + (size_t)i : i < 60 ? 1 + random_below(&c->random, FEW_N) : 257 + random_below(&c->random, MOST_N - 256);
+        if (i >= 60) p.n_rows = MOST_ROWS - (size_t)i % 3;
         make_weight(c, &p, dtype, side, integers);
         for (size_t m = 0; m < p.n_rows; m++) make_row(c, &p, m, side, integers);
         size_t y_ld = p.n + random_below(&c->random, 3);
