@@ -77,7 +77,7 @@ static void gemm_task(void *arg, size_t task) {
     for (size_t i; (i = atomic_fetch_add(&b->taken, 1)) < b->E * blocks;) {
         const size_t e = i / blocks, col0 = i % blocks * b->task_cols, pos = b->start[e], n = b->start[e + 1] - pos;
         const size_t n_cols = b->N - col0 < b->task_cols ? b->N - col0 : b->task_cols;
-        if (n) b->gemm->gemm(b->y + pos * b->N + col0, b->N, b->row + pos, n, &b->matrix[e], col0, n_cols);
+        if (n) b->gemm->gemm(b->y + pos * b->N + col0, b->N, b->row + pos, n, &b->matrix[e], col0, n_cols, NULL);
         macs += (double)n * (double)b->K * (double)n_cols;
     }
     add(b, seconds(CLOCK_THREAD_CPUTIME_ID) - t0, macs);

@@ -77,16 +77,22 @@ INLINE __m128 sum4(const __m256 v[TILE_COLS]) {
 INLINE void tile(float *y, size_t y_ld, const float *const *x, int n_rows, const float (*panel)[CHUNK], size_t n_cols, size_t n,
                  bool first) {
     __m256 acc[TILE_ROWS][TILE_COLS];
+#pragma GCC unroll 4
     for (int m = 0; m < n_rows; m++)
+#pragma GCC unroll 4
         for (int j = 0; j < TILE_COLS; j++) acc[m][j] = _mm256_setzero_ps();
     for (size_t k = 0; k < n; k += 8) {
         __m256 a[TILE_ROWS];
+#pragma GCC unroll 4
         for (int m = 0; m < n_rows; m++) a[m] = _mm256_loadu_ps(x[m] + k);
+#pragma GCC unroll 4
         for (int j = 0; j < TILE_COLS; j++) {
             __m256 b = _mm256_load_ps(panel[j] + k);
+#pragma GCC unroll 4
             for (int m = 0; m < n_rows; m++) acc[m][j] = _mm256_fmadd_ps(a[m], b, acc[m][j]);
         }
     }
+#pragma GCC unroll 4
     for (int m = 0; m < n_rows; m++) {
         float *out = y + (size_t)m * y_ld, sum[TILE_COLS];
         _mm_storeu_ps(sum, sum4(acc[m]));
@@ -115,7 +121,8 @@ AVX2 static void panel_times_rows(float *y, size_t y_ld, const void *const *rows
 }
 
 AVX2 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols) {
+                      size_t n_cols, const void *next) {
+    (void)next;
     _Alignas(32) float panel[COLS][CHUNK];
     size_t K = w->w.cols;
     for (size_t c = 0; c < n_cols; c += COLS) {

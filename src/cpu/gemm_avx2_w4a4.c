@@ -9,13 +9,14 @@
  * Few rows decode a tile for each pass. For many, what limits Zen 4 is not the multiplications but the count of vector instructions, four
  * a clock with broadcasts among them: so a panel of weights is decoded once for all rows, and rows are spread over all lanes once for
  * all columns of a panel. Each instruction of the step above then takes one operand from the first-level cache. */
-#include "pack.h"
 #include "rows.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdbool.h>
 #include <string.h>
+
+#include "tile16_x86.h"
 
 #define TARGET __attribute__((target("avx2,fma")))
 #define INLINE TARGET static inline __attribute__((always_inline))
@@ -99,8 +100,7 @@ INLINE void store(float *y, __m256 x, size_t cols) {
 }
 
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile: both halves of its columns in one go for few rows, in turn for many. */
-INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, uint16_t cols,
-                      const int n_rows) {
+INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
     const int together = n_rows <= MAX_ROWS / 2 ? 2 : 1;
     const size_t n_cols = (size_t)__builtin_popcount(cols);
     for (int half = 0; half < 2; half += together) {
@@ -108,10 +108,7 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
 #pragma GCC unroll 8
         for (int m = 0; m < n_rows; m++) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
         for (size_t i = 0; i < n_chunks; i++) {
-#pragma GCC unroll 16
-            for (size_t line = 0; line < sizeof *w; line += 64) /* as in gemm_avx512.c */
-                if (half == 0 && (n_rows > 1 || line == 0))
-                    _mm_prefetch((const char *)(w + i) + (n_rows > 1 ? 8192 : 4096) + line, _MM_HINT_T1);
+            if (half == 0) moe4_tile16_prefetch(w + i, i, n_chunks, next, n_rows);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) {
                 block(acc[0], rows, i, w + i, b, together == 2 ? 0 : half, n_rows);
@@ -127,17 +124,12 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
     }
 }
 
-#define PASS(n)                                                                                                               \
-    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
-                                uint16_t cols) {                                                                              \
-        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
-    }
-PASS(1)
-PASS(2)
-PASS(3)
-PASS(4)
-PASS(5)
-PASS(6)
+MOE4_TILE16_PASS(TARGET, 1)
+MOE4_TILE16_PASS(TARGET, 2)
+MOE4_TILE16_PASS(TARGET, 3)
+MOE4_TILE16_PASS(TARGET, 4)
+MOE4_TILE16_PASS(TARGET, 5)
+MOE4_TILE16_PASS(TARGET, 6)
 static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL, pass_1, pass_2, pass_3, pass_4, pass_5, pass_6};
 
 /* ---- many rows ---- */
@@ -261,9 +253,10 @@ static void gemm_panel(float *y, size_t y_ld, const void *const *rows, size_t n_
     }
 }
 
-static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                 const void *next) {
     if (n_rows < MANY_ROWS) {
-        moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS, MAX_ROWS);
+        moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, MAX_ROWS);
         return;
     }
     const size_t chunks = (w->w.cols + 63) / 64;

@@ -12,12 +12,13 @@
  * VNNI and FMA share; five instructions a block on those pipes are the ceiling. No subnormal float appears, so flush-to-zero
  * changes nothing. The block sums are exact integers and the FMAs run over blocks in order of k: one chain for each element, whatever
  * the number of rows or columns in the call. */
-#include "pack.h"
 #include "rows.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
+
+#include "tile16_x86.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
 #define INLINE TARGET static inline __attribute__((always_inline))
@@ -62,40 +63,22 @@ INLINE __m512i dot4(__m512i acc, __m512i w, const int8_t *a) {
     return acc;
 }
 
-/* Keeps a loaded register from being loaded again at each use. */
-INLINE __m512i once(__m512i x) {
-    __asm__("" : "+v"(x));
-    return x;
-}
-
-/* Into the second-level cache, at distances measured on Zen 4. One row runs at the speed of memory and of the hardware's own prefetch: a
- * line in the next page is all the help it takes, more is in the way. From two rows on, arithmetic leaves time to ask for all. */
-INLINE void prefetch(const struct moe4_tile16 *w, const int n_rows) {
-    if (n_rows == 1) {
-        _mm_prefetch((const char *)w + 4096, _MM_HINT_T1);
-        return;
-    }
-#pragma GCC unroll 16
-    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 6656 + line, _MM_HINT_T1);
-}
-
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
-INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols,
-                      const int n_rows) {
+INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
     const __m512i table = _mm512_load_si512(weight_table), exponent = _mm512_set1_epi32(0x1f << 23);
     const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(ONE_ROW_EXPONENT << 23);
     __m512 acc[MAX_ROWS];
 #pragma GCC unroll 24
     for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < n_chunks; i++, w++) {
-        prefetch(w, n_rows);
-        const __m512i scales = once(_mm512_load_si512(w->scale));
+        moe4_tile16_prefetch(w, i, n_chunks, next, n_rows);
+        const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
-            const __m512i x = once(_mm512_load_si512(w->code[b][0])), z = once(_mm512_load_si512(w->code[b][1]));
+            const __m512i x = moe4_once(_mm512_load_si512(w->code[b][0])), z = moe4_once(_mm512_load_si512(w->code[b][1]));
             const __m512i w0 = _mm512_permutexvar_epi8(x, table), w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(x, 4), table);
             const __m512i w2 = _mm512_permutexvar_epi8(z, table), w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(z, 4), table);
-            const __m512i mantissa = once(_mm512_loadu_si512((const char *)w->scale + b));
+            const __m512i mantissa = moe4_once(_mm512_loadu_si512((const char *)w->scale + b));
             const __m512i sw = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
 #pragma GCC unroll 24
             for (int m = 0; m < n_rows; m++) {
@@ -125,39 +108,35 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
     }
 }
 
-#define PASS(n)                                                                                                               \
-    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
-                                __mmask16 cols) {                                                                             \
-        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
-    }
-PASS(1)
-PASS(2)
-PASS(3)
-PASS(4)
-PASS(5)
-PASS(6)
-PASS(7)
-PASS(8)
-PASS(9)
-PASS(10)
-PASS(11)
-PASS(12)
-PASS(13)
-PASS(14)
-PASS(15)
-PASS(16)
-PASS(17)
-PASS(18)
-PASS(19)
-PASS(20)
-PASS(21)
-PASS(22)
+MOE4_TILE16_PASS(TARGET, 1)
+MOE4_TILE16_PASS(TARGET, 2)
+MOE4_TILE16_PASS(TARGET, 3)
+MOE4_TILE16_PASS(TARGET, 4)
+MOE4_TILE16_PASS(TARGET, 5)
+MOE4_TILE16_PASS(TARGET, 6)
+MOE4_TILE16_PASS(TARGET, 7)
+MOE4_TILE16_PASS(TARGET, 8)
+MOE4_TILE16_PASS(TARGET, 9)
+MOE4_TILE16_PASS(TARGET, 10)
+MOE4_TILE16_PASS(TARGET, 11)
+MOE4_TILE16_PASS(TARGET, 12)
+MOE4_TILE16_PASS(TARGET, 13)
+MOE4_TILE16_PASS(TARGET, 14)
+MOE4_TILE16_PASS(TARGET, 15)
+MOE4_TILE16_PASS(TARGET, 16)
+MOE4_TILE16_PASS(TARGET, 17)
+MOE4_TILE16_PASS(TARGET, 18)
+MOE4_TILE16_PASS(TARGET, 19)
+MOE4_TILE16_PASS(TARGET, 20)
+MOE4_TILE16_PASS(TARGET, 21)
+MOE4_TILE16_PASS(TARGET, 22)
 static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,    pass_1,  pass_2,  pass_3,  pass_4,  pass_5,  pass_6,  pass_7,
                                                       pass_8,  pass_9,  pass_10, pass_11, pass_12, pass_13, pass_14, pass_15,
                                                       pass_16, pass_17, pass_18, pass_19, pass_20, pass_21, pass_22};
 
-static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
-    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS, BEST_ROWS);
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                 const void *next) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, BEST_ROWS);
 }
 
 static size_t row_bytes(size_t k) {

@@ -18,6 +18,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "tile16_x86.h"
+
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
@@ -47,39 +49,22 @@ INLINE __m512 dot2(__m512 acc, __m512i w, const uint16_t *a) {
     return acc;
 }
 
-/* Keeps a loaded register from being loaded again at each use. */
-INLINE __m512i once(__m512i x) {
-    __asm__("" : "+v"(x));
-    return x;
-}
-
-/* As in gemm_avx512.c: one row runs at the speed of memory and only needs help into the next page. */
-INLINE void prefetch(const struct moe4_tile16 *w, const int n_rows) {
-    if (n_rows == 1) {
-        _mm_prefetch((const char *)w + 4096, _MM_HINT_T1);
-        return;
-    }
-#pragma GCC unroll 16
-    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch((const char *)w + 6656 + line, _MM_HINT_T1);
-}
-
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
-INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, __mmask16 cols,
-                      const int n_rows) {
+INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
     const __m512i table = _mm512_load_si512(weight_table);
     const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(SCALE_BIAS << 23);
     __m512 acc[MAX_ROWS];
 #pragma GCC unroll 16
     for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < n_chunks; i++, w++) {
-        prefetch(w, n_rows);
-        const __m512i scales = once(_mm512_load_si512(w->scale));
+        moe4_tile16_prefetch(w, i, n_chunks, next, n_rows);
+        const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
             __m512i v[2][4];
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
-                const __m512i x = once(_mm512_load_si512(w->code[b][h]));
+                const __m512i x = moe4_once(_mm512_load_si512(w->code[b][h]));
                 v[h][0] = _mm512_permutexvar_epi16(x, table);
                 v[h][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table);
                 v[h][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8), table);
@@ -104,30 +89,26 @@ INLINE void tile_pass(float *y, size_t y_ld, const void *const *rows, const stru
     for (int m = 0; m < n_rows; m++) _mm512_mask_storeu_ps(y + m * y_ld, cols, acc[m]);
 }
 
-#define PASS(n)                                                                                                               \
-    TARGET static void pass_##n(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, \
-                                __mmask16 cols) {                                                                             \
-        tile_pass(y, y_ld, rows, w, n_chunks, cols, n);                                                                       \
-    }
-PASS(1)
-PASS(2)
-PASS(3)
-PASS(4)
-PASS(5)
-PASS(6)
-PASS(7)
-PASS(8)
-PASS(9)
-PASS(10)
-PASS(11)
-PASS(12)
-PASS(13)
-PASS(14)
+MOE4_TILE16_PASS(TARGET, 1)
+MOE4_TILE16_PASS(TARGET, 2)
+MOE4_TILE16_PASS(TARGET, 3)
+MOE4_TILE16_PASS(TARGET, 4)
+MOE4_TILE16_PASS(TARGET, 5)
+MOE4_TILE16_PASS(TARGET, 6)
+MOE4_TILE16_PASS(TARGET, 7)
+MOE4_TILE16_PASS(TARGET, 8)
+MOE4_TILE16_PASS(TARGET, 9)
+MOE4_TILE16_PASS(TARGET, 10)
+MOE4_TILE16_PASS(TARGET, 11)
+MOE4_TILE16_PASS(TARGET, 12)
+MOE4_TILE16_PASS(TARGET, 13)
+MOE4_TILE16_PASS(TARGET, 14)
 static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  pass_3,  pass_4,  pass_5,  pass_6, pass_7,
                                                       pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
 
-static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
-    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, passes, MAX_ROWS, MAX_ROWS);
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                 const void *next) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, MAX_ROWS);
 }
 
 static size_t row_bytes(size_t k) {

@@ -116,9 +116,9 @@ INLINE DOT void dot_pass(float *y, size_t y_ld, const void *const *rows, const s
     for (int m = 0; m < n_rows; m++) store(y + (size_t)m * y_ld, acc[m], cols);
 }
 
-#define PARAMETERS float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, uint16_t cols
 #define DOT_PASS(n)                                    \
-    DOT static void dot_##n(PARAMETERS) {              \
+    DOT static void dot_##n(MOE4_TILE16_PARAMETERS) {  \
+        (void)next;                                    \
         dot_pass(y, y_ld, rows, w, n_chunks, cols, n); \
     }
 DOT_PASS(1)
@@ -167,30 +167,32 @@ INLINE I8MM void pairs_pass(float *y, size_t y_ld, const void *const *rows, cons
     for (int m = 0; m < n_rows; m++) store(y + (size_t)m * y_ld, acc[m], cols);
 }
 
-I8MM static void pairs_2(PARAMETERS) {
+I8MM static void pairs_2(MOE4_TILE16_PARAMETERS) {
+    (void)next;
     pairs_pass(y, y_ld, rows, w, n_chunks, cols, 2);
 }
 
-I8MM static void pairs_4(PARAMETERS) {
+I8MM static void pairs_4(MOE4_TILE16_PARAMETERS) {
+    (void)next;
     pairs_pass(y, y_ld, rows, w, n_chunks, cols, 4);
 }
 
-static void pairs_3(PARAMETERS) {
-    pairs_2(y, y_ld, rows, w, n_chunks, cols);
-    dot_1(y + 2 * y_ld, y_ld, rows + 2, w, n_chunks, cols);
+static void pairs_3(MOE4_TILE16_PARAMETERS) {
+    pairs_2(y, y_ld, rows, w, n_chunks, cols, next);
+    dot_1(y + 2 * y_ld, y_ld, rows + 2, w, n_chunks, cols, next);
 }
 static const moe4_tile16_pass i8mm_passes[MAX_ROWS + 1] = {NULL, dot_1, pairs_2, pairs_3, pairs_4};
 
 /* ---- the families ---- */
 
-static void gemm_dot(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                     size_t n_cols) {
-    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, dot_passes, MAX_ROWS, MAX_ROWS);
+static void gemm_dot(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                     const void *next) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, dot_passes, MAX_ROWS, MAX_ROWS);
 }
 
 static void gemm_i8mm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols) {
-    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, i8mm_passes, MAX_ROWS, MAX_ROWS);
+                      size_t n_cols, const void *next) {
+    moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, i8mm_passes, MAX_ROWS, MAX_ROWS);
 }
 
 /* ---- activation rows ---- */

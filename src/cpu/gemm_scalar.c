@@ -30,7 +30,9 @@ static void widen(float *out, const moe4_weight *w, size_t col, size_t k0, size_
     }
 }
 
-static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols) {
+static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                 const void *next) {
+    (void)next;
     float chunk[CHUNK];
     size_t K = w->w.cols;
     for (size_t j = 0; j < n_cols; j++) {

@@ -102,7 +102,7 @@ static void product_task(void *arg, size_t task) {
     _Alignas(64) float out[MOE4_TASK_FLOATS];
     for (size_t m0 = 0; m0 < n_group; m0 += r->task.rows) {
         size_t n = n_group - m0 < r->task.rows ? n_group - m0 : r->task.rows;
-        p->gemm->gemm(out, cols, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols);
+        p->gemm->gemm(out, cols, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols, NULL);
         for (size_t m = 0; m < n; m++) {
             size_t at = (row + m0 + m) * g->o.y_ld + col0 + (r->c->offsets ? 0 : group * g->rows);
             moe4_cpu_finish_row(kernels, out + m * cols, &g->weight[group], col0, n_cols, r->b.factor[pos + m0 + m]);

@@ -65,8 +65,10 @@ struct moe4_gemm {
     void (*pack_codes)(const struct moe4_kernels *kernels, void *row, float *factor_ret, const uint8_t *codes, const uint8_t *scales,
                        size_t k);
 
-    /* y[m * y_ld + j] = row m . W[col0 + j], j < n_cols, without any global scale or factor. */
-    void (*gemm)(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols);
+    /* y[m * y_ld + j] = row m . W[col0 + j], j < n_cols, without any global scale or factor. `next`, or NULL, is where packed weights are
+     * read next, by the caller's next call: prefetching goes on there. */
+    void (*gemm)(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
+                 const void *next);
 };
 
 struct moe4_kernels {

@@ -78,7 +78,7 @@ static void product_task(void *arg, size_t task) {
     size_t n_rows = r->c->n_tokens - row0 < r->task.rows ? r->c->n_tokens - row0 : r->task.rows;
 
     _Alignas(64) float out[MOE4_TASK_FLOATS];
-    p->gemm->gemm(out, cols, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols);
+    p->gemm->gemm(out, cols, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols, NULL);
     for (size_t m = 0; m < n_rows; m++) {
         char *y = (char *)r->c->y[i] + ((row0 + m) * N + col0) * moe4_dtype_bytes(l->o.y_dtype);
         moe4_cpu_finish_row(l->ctx->kernels, out + m * cols, &l->weight[i], col0, n_cols, r->b.factor[row0 + m]);

@@ -1,7 +1,9 @@
 /* The heavy stages of a layer on the CPU: rows rounded and packed, gate/up with SwiGLU in its tail, down. */
 #include <math.h>
+#include <stdatomic.h>
 
 #include "moe.h"
+#include "pack.h"
 #include "rows.h"
 
 /* ---- rows into the products ---- */
@@ -84,23 +86,27 @@ moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
 
 /* ---- the products ---- */
 
-/* A product over all experts of a group that were hit: task = (hit expert, block of columns). */
+/* A product over all experts of a group that were hit: item = (hit expert, block of columns). Each thread takes items one by one, the
+ * next one before it reads the weights of its last matrix, so that prefetching runs on into those. */
 struct product {
     const struct moe4_cpu_group *g;
+    void (*compute)(struct product *p, size_t item, size_t *next);
     struct moe4_task_size task;
     size_t n_cols, blocks; /* of one expert */
+    size_t n_items;
+    atomic_size_t taken;
     struct moe4_glu glu;
 };
 
-struct part { /* one task's share */
+struct part { /* one item's share */
     const struct moe4_cpu_expert *e;
     const moe4_expert *w;
     size_t pos0, n_pos, col0, n_cols;
 };
 
-static struct part task_part(const struct product *p, size_t task) {
+static struct part item_part(const struct product *p, size_t item) {
     const struct moe4_cpu_group *g = p->g;
-    size_t e = (size_t)g->hit[task / p->blocks], col0 = task % p->blocks * p->task.cols;
+    size_t e = (size_t)g->hit[item / p->blocks], col0 = item % p->blocks * p->task.cols;
     return (struct part){.e = &g->cpu->expert[e],
                          .w = &g->set->expert[e],
                          .pos0 = (size_t)g->start[e],
@@ -109,27 +115,47 @@ static struct part task_part(const struct product *p, size_t task) {
                          .n_cols = p->n_cols - col0 < p->task.cols ? p->n_cols - col0 : p->task.cols};
 }
 
-static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols, size_t k,
-                        int n_products, struct moe4_glu glu, void (*fn)(void *, size_t)) {
-    struct product p = {.g = g, .n_cols = n_cols, .glu = glu};
-    p.task = moe4_task_size(ctx, gemm, g->n_pos, g->n_hit, n_cols, k);
-    p.blocks = (n_cols + p.task.cols - 1) / p.task.cols;
-    moe4_run(ctx, g->n_hit * p.blocks, (double)g->n_pos * (double)n_cols * (double)k * n_products, fn, &p);
+static size_t take_item(struct product *p) {
+    return atomic_fetch_add_explicit(&p->taken, 1, memory_order_relaxed);
 }
 
-static void gate_up_task(void *arg, size_t task) {
-    const struct product *p = arg;
+static void run_items(void *arg, size_t task) {
+    struct product *p = arg;
+    (void)task;
+    for (size_t item = take_item(p), next; item < p->n_items; item = next) p->compute(p, item, &next);
+}
+
+static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols, size_t k,
+                        int n_products, struct moe4_glu glu, void (*compute)(struct product *, size_t, size_t *)) {
+    struct product p = {.g = g, .compute = compute, .n_cols = n_cols, .glu = glu};
+    p.task = moe4_task_size(ctx, gemm, g->n_pos, g->n_hit, n_cols, k);
+    p.blocks = (n_cols + p.task.cols - 1) / p.task.cols;
+    p.n_items = g->n_hit * p.blocks;
+    moe4_run(ctx, moe4_ctx_n_threads(ctx), (double)g->n_pos * (double)n_cols * (double)k * n_products, run_items, &p);
+}
+
+/* Where the weights of columns from col0 on start, for families that pack them. */
+static const void *weights_at(const struct moe4_matrix *w, size_t col0) {
+    return w->packed ? moe4_tile16_at(w, col0) : NULL;
+}
+
+static void gate_up_item(struct product *p, size_t item, size_t *next_item) {
     const struct moe4_cpu_group *g = p->g;
     const struct moe4_gemm *gemm = g->cpu->x;
     const struct moe4_kernels *kernels = g->cpu->kernels;
-    struct part t = task_part(p, task);
+    struct part t = item_part(p, item);
     bool gated = p->glu.kind != MOE4_RELU2;
     const size_t ld = p->task.cols;
     _Alignas(64) float gate[MOE4_TASK_FLOATS], up[MOE4_TASK_FLOATS];
     for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task.rows) {
         size_t n = t.n_pos - m0 < p->task.rows ? t.n_pos - m0 : p->task.rows, pos = t.pos0 + m0;
-        if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols);
-        gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols);
+        const void *next = NULL;
+        if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols, weights_at(&t.e->up, t.col0));
+        if (m0 + n == t.n_pos && (*next_item = take_item(p)) < p->n_items) {
+            struct part after = item_part(p, *next_item);
+            next = weights_at(gated ? &after.e->gate : &after.e->up, after.col0);
+        }
+        gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols, next);
         for (size_t m = 0; m < n; m++) {
             float *gm = gate + m * ld, *um = up + m * ld;
             float factor = g->x_factor[g->x_by_pos ? pos + m : (size_t)g->token[pos + m]];
@@ -146,21 +172,25 @@ moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
     const struct moe4_glu glu = {o->activation, o->swiglu_alpha, o->swiglu_beta, o->swiglu_limit};
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->cpu->x, g->set->intermediate, g->set->hidden, 2, glu, gate_up_task);
+        run_product(c->moe->ctx, g, g->cpu->x, g->set->intermediate, g->set->hidden, 2, glu, gate_up_item);
     }
     moe4_cpu_lap(s, MOE4_STAGE_GATE_UP);
     return MOE4_OK;
 }
 
-static void down_task(void *arg, size_t task) {
-    const struct product *p = arg;
+static void down_item(struct product *p, size_t item, size_t *next_item) {
     const struct moe4_cpu_group *g = p->g;
-    struct part t = task_part(p, task);
+    struct part t = item_part(p, item);
     size_t hidden = g->set->hidden;
     for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task.rows) {
         size_t n = t.n_pos - m0 < p->task.rows ? t.n_pos - m0 : p->task.rows, pos = t.pos0 + m0;
         float *o = g->o + pos * hidden + t.col0;
-        g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols);
+        const void *next = NULL;
+        if (m0 + n == t.n_pos && (*next_item = take_item(p)) < p->n_items) {
+            struct part after = item_part(p, *next_item);
+            next = weights_at(&after.e->down, after.col0);
+        }
+        g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols, next);
         for (size_t m = 0; m < n; m++)
             moe4_cpu_finish_row(g->cpu->kernels, o + m * hidden, &t.w->down, t.col0, t.n_cols, g->h_factor[pos + m]);
     }
@@ -170,7 +200,7 @@ moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->cpu->h, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_task);
+        run_product(c->moe->ctx, g, g->cpu->h, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_item);
     }
     moe4_cpu_lap(s, MOE4_STAGE_DOWN);
     return MOE4_OK;

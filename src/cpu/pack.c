@@ -109,16 +109,21 @@ void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_
     }
 }
 
+const struct moe4_tile16 *moe4_tile16_at(const struct moe4_matrix *w, size_t col0) {
+    return (const struct moe4_tile16 *)w->packed + col0 / TILE_COLS * n_chunks(&w->w);
+}
+
 void moe4_tile16_gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols, const moe4_tile16_pass *passes, size_t max_rows, size_t best_rows) {
+                      size_t n_cols, const void *next, const moe4_tile16_pass *passes, size_t max_rows, size_t best_rows) {
     const size_t chunks = n_chunks(&w->w), n_passes = n_rows <= max_rows ? 1 : (n_rows + best_rows - 1) / best_rows;
     /* Rows outside, tiles inside: a pass's rows stay in the second-level cache over all tiles, as do the call's weights over passes. */
     for (size_t pass = 0; pass < n_passes; pass++) {
         const size_t row0 = n_rows * pass / n_passes, n = n_rows * (pass + 1) / n_passes - row0;
-        for (size_t col = 0; col < n_cols; col += TILE_COLS) {
+        const struct moe4_tile16 *tile = moe4_tile16_at(w, col0);
+        for (size_t col = 0; col < n_cols; col += TILE_COLS, tile += chunks) {
             const size_t cols = n_cols - col < TILE_COLS ? n_cols - col : TILE_COLS;
-            const struct moe4_tile16 *tile = (const struct moe4_tile16 *)w->packed + (col0 + col) / TILE_COLS * chunks;
-            passes[n](y + row0 * y_ld + col, y_ld, rows + row0, tile, chunks, (uint16_t)((1u << cols) - 1));
+            const bool last = next && pass + 1 == n_passes && col + TILE_COLS >= n_cols;
+            passes[n](y + row0 * y_ld + col, y_ld, rows + row0, tile, chunks, (uint16_t)((1u << cols) - 1), last ? next : tile + chunks);
         }
     }
 }

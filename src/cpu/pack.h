@@ -32,12 +32,17 @@ void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_
 void moe4_tile16_pack_avx512(void *packed, const moe4_weight *w, size_t col0, size_t n_cols); /* AVX-512 F, BW, VL, DQ, VBMI */
 #endif
 
-/* y[m][c] = rows m against the columns of one tile in `cols`, over all n_chunks of 64 k. */
-typedef void (*moe4_tile16_pass)(float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks,
-                                 uint16_t cols);
+/* Where column col0 (a multiple of 16) starts in the packed form. */
+const struct moe4_tile16 *moe4_tile16_at(const struct moe4_matrix *w, size_t col0);
+
+/* y[m][c] = rows m against the columns of one tile in `cols`, over all n_chunks of 64 k. `next` is where reading goes on after them. */
+#define MOE4_TILE16_PARAMETERS                                                                                   \
+    float *y, size_t y_ld, const void *const *rows, const struct moe4_tile16 *w, size_t n_chunks, uint16_t cols, \
+        const struct moe4_tile16 *next
+typedef void (*moe4_tile16_pass)(MOE4_TILE16_PARAMETERS);
 /* moe4_gemm.gemm from passes[n] for n = 1 .. max_rows rows; more rows are split into passes of at most best_rows. */
 void moe4_tile16_gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols, const moe4_tile16_pass *passes, size_t max_rows, size_t best_rows);
+                      size_t n_cols, const void *next, const moe4_tile16_pass *passes, size_t max_rows, size_t best_rows);
 
 /* A matrix and the family that reads it. */
 struct moe4_pack {

@@ -100,7 +100,7 @@ static struct {
 static void multiply(const struct moe4_kernels *k) {
     (void)k;
     for (size_t col = 0; col < COLS; col += MOE4_TASK_COLS)
-        product.gemm->gemm(product.y + col, COLS, product.rows, product.n_rows, &product.w, col, MOE4_TASK_COLS);
+        product.gemm->gemm(product.y + col, COLS, product.rows, product.n_rows, &product.w, col, MOE4_TASK_COLS, NULL);
 }
 
 static void *allocate(size_t bytes) {

@@ -126,7 +126,7 @@ static bool same_in_pieces(struct check *c, const struct product *p, const float
     for (int piece = 3; piece >= 0; piece--) {
         size_t col0 = piece % 2 ? col : 0, n = piece % 2 ? p->n - col : col, m = piece / 2 ? row : 0,
                n_m = piece / 2 ? p->n_rows - row : row;
-        if (n && n_m) p->gemm->gemm(z + m * p->n + col0, p->n, p->rows + m, n_m, &p->w, col0, n);
+        if (n && n_m) p->gemm->gemm(z + m * p->n + col0, p->n, p->rows + m, n_m, &p->w, col0, n, NULL);
     }
     bool same = true;
     for (size_t m = 0; m < p->n_rows; m++) same &= same_bytes(z + m * p->n, y + m * y_ld, p->n * sizeof *z);
@@ -155,7 +155,7 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
         size_t y_ld = p.n + random_below(&c->random, 3);
         float *y = guarded(((p.n_rows - 1) * y_ld + p.n) * sizeof *y, side);
         for (size_t j = 0; j < (p.n_rows - 1) * y_ld + p.n; j++) y[j] = NAN; /* a result must be written, and nothing between rows */
-        gemm->gemm(y, y_ld, p.rows, p.n_rows, &p.w, 0, p.n);
+        gemm->gemm(y, y_ld, p.rows, p.n_rows, &p.w, 0, p.n, NULL);
         *(integers ? &exact : &close) &= close_to_fp64(&p, y, y_ld, integers);
         same &= same_in_pieces(c, &p, y, y_ld, side);
         for (size_t m = 0; m + 1 < p.n_rows; m++)
