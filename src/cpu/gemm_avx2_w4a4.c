@@ -182,10 +182,6 @@ TARGET static void spread_rows(struct spread (*out)[MAX_ROWS], const void *const
         }
 }
 
-INLINE __m256i dot4(__m256i w, const int8_t a[32]) {
-    return _mm256_maddubs_epi16(w, _mm256_load_si256((const __m256i *)(const void *)a));
-}
-
 INLINE __m256 load(const float *y, size_t cols) {
     if (cols >= 8) return _mm256_loadu_ps(y);
     float in[8] = {0};
