@@ -492,7 +492,8 @@ typedef struct moe4_router moe4_router;
  * twice or out of range), MEMORY. */
 MOE4_API moe4_status moe4_router_create(moe4_router **router_ret, moe4_ctx *ctx, const moe4_weight *gate, const float *bias,
                                         const moe4_router_options *options);
-/* The router of a layer, kind, numbers and hash table from the checkpoint; options (or NULL) gives x_dtype, x_ld and alt_bias. Borrows
+/* The router of a layer, kind, numbers, hash table and biases from the checkpoint; options (or NULL) gives x_dtype, x_ld and, to put it in
+ * the place of the checkpoint's own (DeepSeek-V4's gate.bias_vl), alt_bias. Borrows
  * ckpt. */
 MOE4_API moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
                                                         const moe4_router_options *options);

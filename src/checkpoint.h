@@ -31,6 +31,9 @@ const moe4_tensor *moe4_checkpoint_lookup(const moe4_checkpoint *ckpt, const cha
 const moe4_tensor *moe4_checkpoint_at(const moe4_checkpoint *ckpt, size_t i);
 /* The tensor that holds all experts of a layer, where a checkpoint has such; NULL otherwise. Needs the config. */
 const moe4_tensor *moe4_fused_experts(const moe4_checkpoint *ckpt, size_t layer);
+/* A vector of a layer's router, one number for each expert, by its pattern; NULL when the pattern or the tensor is not there. Errors:
+ * FORMAT, UNSUPPORTED. */
+moe4_status moe4_router_vector(const moe4_checkpoint *ckpt, const moe4_tensor **tensor_ret, const char *pattern, size_t layer);
 /* OK unless a file is seen to have changed since it was opened: IO. */
 moe4_status moe4_checkpoint_check_files(const moe4_checkpoint *ckpt);
 /* OK when the family and its numbers are known; otherwise why not, as an error. */

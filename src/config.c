@@ -112,7 +112,7 @@ static void read_family(const struct reader *r) {
         return;
     }
     if (why) wrong(r, MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"%s\": %s", model_type, why);
-    char known[128] = "";
+    char known[256] = "";
     for (size_t i = 0, at = 0; i < moe4_n_families && at < sizeof known; i++)
         at += (size_t)snprintf(known + at, sizeof known - at, "%s%s", i ? ", " : "", moe4_families[i].name);
     wrong(r, MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"%.80s\" (found architecture \"%.80s\"; moe4 runs %s)",
@@ -182,10 +182,11 @@ static void read_pattern(const struct reader *r, size_t n) {
         char letter;
         const char *word;
         moe4_layer_kind kind;
-    } known[] = {{'E', "moe", MOE4_LAYER_MOE},
-                 {'-', "mlp", MOE4_LAYER_DENSE},
-                 {'M', "mamba", MOE4_LAYER_OTHER},
-                 {'*', "attention", MOE4_LAYER_OTHER}};
+        unsigned has;
+    } known[] = {{'E', "moe", MOE4_LAYER_MOE, 0},
+                 {'-', "mlp", MOE4_LAYER_DENSE, 0},
+                 {'M', "mamba", MOE4_LAYER_OTHER, MOE4_IF_MAMBA},
+                 {'*', "attention", MOE4_LAYER_OTHER, MOE4_IF_ATTENTION}};
     enum { N_KNOWN = sizeof known / sizeof *known };
     const json_t *words = value_of(r, "layers_block_type");
     const char *key = words ? "layers_block_type" : "hybrid_override_pattern", *letters = words ? NULL : read_text(r, key);
@@ -198,10 +199,12 @@ static void read_pattern(const struct reader *r, size_t n) {
         const char *word = words ? json_string_value(json_array_get(words, i)) : "";
         int k = 0;
         while (k < N_KNOWN && !(words ? word && strcmp(word, known[k].word) == 0 : letters[i] == known[k].letter)) k++;
-        if (k == N_KNOWN)
+        if (k == N_KNOWN) {
             wrong(r, MOE4_ERROR_FORMAT, "config.json: %s: layer %zu is none of E - M * (moe, mlp, mamba, attention)", key, i);
-        else
+        } else {
             r->config->layer_kind[i] = (uint8_t)known[k].kind;
+            r->config->layer_has[i] = (uint16_t)known[k].has;
+        }
     }
 }
 
@@ -209,7 +212,8 @@ static moe4_status read_layers(const moe4_ctx *ctx, const struct reader *r) {
     struct moe4_config *c = r->config;
     size_t n = c->dim[MOE4_DIM_LAYERS] = read_size(r, "num_hidden_layers", 1, MAX_LAYERS, REQUIRED);
     c->layer_kind = moe4_calloc(ctx, n, 1, "kinds of layers");
-    if (!c->layer_kind) return MOE4_ERROR_MEMORY;
+    c->layer_has = moe4_calloc(ctx, n, sizeof *c->layer_has, "parts of layers");
+    if (!c->layer_kind || !c->layer_has) return MOE4_ERROR_MEMORY;
     size_t n_dense = 0;
     if (c->family->layer_rule == MOE4_LAYERS_ALL) {
         memset(c->layer_kind, MOE4_LAYER_MOE, n);
@@ -267,6 +271,81 @@ static void read_attention(const struct reader *r) {
     if (read_bool(r, "use_qk_norm", false)) c->has |= MOE4_IF_QK_NORM;
 }
 
+/* ---- what verify looks for besides: sizes that are not stated are not compared ---- */
+
+static void read_mamba(const struct reader *r) {
+    size_t *dim = r->config->dim;
+    size_t heads = dim[MOE4_DIM_MAMBA_HEADS] = read_size(r, "mamba_num_heads", 1, 65536, 0);
+    size_t inner = dim[MOE4_DIM_MAMBA_INNER] = heads * read_size(r, "mamba_head_dim", 1, 65536, 0);
+    size_t state = read_size(r, "n_groups", 1, 65536, 0) * read_size(r, "ssm_state_size", 1, 65536, 0);
+    dim[MOE4_DIM_MAMBA_KERNEL] = read_size(r, "conv_kernel", 1, 65536, 0);
+    if (inner && state) {
+        dim[MOE4_DIM_MAMBA_CONV] = inner + 2 * state;
+        dim[MOE4_DIM_MAMBA_IN] = inner + dim[MOE4_DIM_MAMBA_CONV] + heads;
+    }
+    if (read_bool(r, "use_conv_bias", true)) r->config->has |= MOE4_IF_CONV_BIAS;
+}
+
+/* DeepSeek-V4's attention and residual streams. */
+static void read_streams(const struct reader *r) {
+    size_t *dim = r->config->dim;
+    size_t groups = read_size(r, "o_groups", 1, 65536, 0), hc = dim[MOE4_DIM_HC] = read_size(r, "hc_mult", 1, 256, 0);
+    dim[MOE4_DIM_O_LORA] = groups * read_size(r, "o_lora_rank", 1, MAX_SIZE, 0);
+    if (groups) dim[MOE4_DIM_O_GROUP] = dim[MOE4_DIM_Q] / groups;
+    dim[MOE4_DIM_HC_HIDDEN] = hc * dim[MOE4_DIM_HIDDEN];
+    dim[MOE4_DIM_HC_MIX] = (2 + hc) * hc;
+    if (hc) r->config->has |= MOE4_IF_HC;
+}
+
+/* Sets `bit` in the layers that the key lists. */
+static void read_layer_list(const struct reader *r, const char *key, unsigned bit) {
+    const json_t *list = value_of(r, key);
+    struct moe4_config *c = r->config;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *v = json_array_get(list, i);
+        long long layer = json_integer_value(v);
+        if (json_is_integer(v) && layer >= 0 && (size_t)layer < c->dim[MOE4_DIM_LAYERS])
+            c->layer_has[layer] |= (uint16_t)bit;
+        else
+            wrong(r, MOE4_ERROR_FORMAT, "config.json: %s[%zu] is no layer from 0 to %zu", key, i, c->dim[MOE4_DIM_LAYERS] - 1);
+    }
+}
+
+/* indexer_types has "full" for a layer with an indexer of its own. With an index_topk_freq alone it is not known which those are. */
+static void read_indexer_types(const struct reader *r) {
+    struct moe4_config *c = r->config;
+    const json_t *types = value_of(r, "indexer_types");
+    bool all = !types && c->dim[MOE4_DIM_INDEX_HEADS] && !value_of(r, "index_topk_freq");
+    for (size_t i = 0; i < c->dim[MOE4_DIM_LAYERS]; i++) {
+        const char *type = json_string_value(json_array_get(types, i));
+        if (all || (type && strcmp(type, "full") == 0)) c->layer_has[i] |= MOE4_IF_INDEXER;
+    }
+}
+
+static void read_sparse(const struct reader *r) {
+    struct moe4_config *c = r->config;
+    enum moe4_sparse_rule rule = c->family->sparse;
+    size_t heads = c->dim[MOE4_DIM_INDEX_HEADS] = read_size(r, "index_n_heads", 1, 65536, 0);
+    size_t head = c->dim[MOE4_DIM_INDEX_HEAD] = read_size(r, "index_head_dim", 1, 65536, 0);
+    c->dim[MOE4_DIM_INDEX_Q] = heads * head;
+    c->dim[MOE4_DIM_INDEX_HEAD_TWICE] = 2 * head;
+    c->dim[MOE4_DIM_HEAD_TWICE] = 2 * c->dim[MOE4_DIM_HEAD];
+    if (rule == MOE4_SPARSE_TYPES) read_indexer_types(r);
+    if (rule != MOE4_SPARSE_RATIOS && rule != MOE4_SPARSE_SOURCES) return;
+    read_streams(r);
+    const json_t *ratios = value_of(r, "compress_ratios"); /* the predicting layers' behind the others' */
+    if (rule == MOE4_SPARSE_SOURCES) {
+        read_layer_list(r, "kv_source_layer_ids", MOE4_IF_COMPRESSOR);
+        read_layer_list(r, "index_source_layer_ids", MOE4_IF_INDEXER);
+        read_layer_list(r, "engram_layer_ids", MOE4_IF_ENGRAM);
+    }
+    for (size_t i = 0; i < c->dim[MOE4_DIM_LAYERS] && i < json_array_size(ratios); i++) {
+        long long ratio = json_integer_value(json_array_get(ratios, i));
+        if (rule == MOE4_SPARSE_RATIOS && ratio > 1) c->layer_has[i] |= ratio == 4 ? MOE4_IF_INDEXER : MOE4_IF_COMPRESSOR;
+        if (rule == MOE4_SPARSE_SOURCES && ratio > 1 && c->layer_has[i] & MOE4_IF_COMPRESSOR) c->layer_has[i] |= MOE4_IF_POOLED;
+    }
+}
+
 static moe4_status read_all(const moe4_ctx *ctx, struct reader *r) {
     struct moe4_config *c = r->config;
     MOE4_TRY(read_architecture(ctx, r));
@@ -281,6 +360,10 @@ static moe4_status read_all(const moe4_ctx *ctx, struct reader *r) {
     read_moe(r);
     MOE4_TRY(read_layers(ctx, r));
     read_attention(r);
+    c->dim[MOE4_DIM_ONE] = 1;
+    c->dim[MOE4_DIM_THREE] = 3;
+    if (c->family->layer_rule == MOE4_LAYERS_PATTERN) read_mamba(r);
+    if (c->family->sparse != MOE4_SPARSE_NONE && c->status == MOE4_OK) read_sparse(r);
     c->has |= c->family->always;
     return MOE4_OK;
 }
@@ -298,6 +381,8 @@ moe4_status moe4_config_read(const moe4_ctx *ctx, struct moe4_config *config, co
 void moe4_config_free(const moe4_ctx *ctx, struct moe4_config *config) {
     moe4_free(ctx, config->architecture);
     moe4_free(ctx, config->layer_kind);
+    moe4_free(ctx, config->layer_has);
     config->architecture = NULL;
     config->layer_kind = NULL;
+    config->layer_has = NULL;
 }

@@ -14,6 +14,7 @@ struct moe4_config {
     size_t dim[MOE4_N_DIMS];
     unsigned has;        /* MOE4_IF_ bits */
     uint8_t *layer_kind; /* [dim[LAYERS]] of moe4_layer_kind */
+    uint16_t *layer_has; /* [dim[LAYERS]] MOE4_IF_ bits of a layer */
     size_t n_hash_layers;
     int normalize;
     float routed_scale, gate_temp, swiglu_limit;

@@ -34,23 +34,49 @@ enum moe4_dim {
     MOE4_DIM_MLA_KV_A, /* KV_LORA + ROPE */
     MOE4_DIM_MLA_KV_B, /* HEADS * (NOPE + V) */
     MOE4_DIM_MLA_O,    /* HEADS * V */
+    MOE4_DIM_INDEX_HEADS,
+    MOE4_DIM_INDEX_HEAD,
+    MOE4_DIM_INDEX_HEAD_TWICE,
+    MOE4_DIM_INDEX_Q, /* INDEX_HEADS * INDEX_HEAD */
+    MOE4_DIM_HEAD_TWICE,
+    MOE4_DIM_O_LORA,    /* all groups' */
+    MOE4_DIM_O_GROUP,   /* the heads of one group */
+    MOE4_DIM_HC,        /* streams of hyper-connections */
+    MOE4_DIM_HC_HIDDEN, /* HC * HIDDEN */
+    MOE4_DIM_HC_MIX,    /* (2 + HC) * HC */
+    MOE4_DIM_MAMBA_HEADS,
+    MOE4_DIM_MAMBA_INNER, /* MAMBA_HEADS times their size */
+    MOE4_DIM_MAMBA_CONV,  /* INNER and two states for each group */
+    MOE4_DIM_MAMBA_IN,    /* INNER + CONV + HEADS */
+    MOE4_DIM_MAMBA_KERNEL,
+    MOE4_DIM_ONE,
+    MOE4_DIM_THREE,
     MOE4_N_DIMS
 };
 
-/* When a part is there: bits that config.json switches. */
+/* When a part is there: bits that config.json switches, for the model or for a layer. */
 enum {
     MOE4_IF_UNTIED = 1,    /* lm_head is not the embedding */
     MOE4_IF_ATTN_BIAS = 2, /* attention_bias */
     MOE4_IF_QK_NORM = 4,   /* use_qk_norm, or a family that always has it */
     MOE4_IF_Q_LORA = 8,
-    MOE4_IF_NO_Q_LORA = 16
+    MOE4_IF_NO_Q_LORA = 16,
+    MOE4_IF_HC = 32, /* hyper-connections */
+    MOE4_IF_CONV_BIAS = 64,
+    MOE4_IF_ATTENTION = 128, /* from here on of a layer */
+    MOE4_IF_MAMBA = 256,
+    MOE4_IF_COMPRESSOR = 512,
+    MOE4_IF_POOLED = 1024, /* a compressor of more than one token */
+    MOE4_IF_INDEXER = 2048,
+    MOE4_IF_ENGRAM = 4096
 };
 
-/* A tensor that must be there: a matrix [rows, cols], maybe quantized, named by its module; or a vector [rows], by its tensor. */
+/* A tensor that must be there: a matrix [rows, cols], maybe quantized, named by its module; or a tensor of its own name. */
 struct moe4_part {
     const char *name;
-    enum moe4_dim rows, cols; /* cols NONE: a vector */
+    enum moe4_dim rows, cols; /* of a tensor: its first dimension, and the elements behind it; NONE: a vector */
     unsigned when;            /* MOE4_IF_ bits that must all be set */
+    enum { MOE4_PART_MATRIX, MOE4_PART_TENSOR } kind;
 };
 
 enum moe4_layer_rule {
@@ -58,6 +84,14 @@ enum moe4_layer_rule {
     MOE4_LAYERS_FIRST_K,     /* dense below first_k_dense_replace, then every moe_layer_freq-th is MoE */
     MOE4_LAYERS_SPARSE_STEP, /* every decoder_sparse_step-th is MoE, but for mlp_only_layers */
     MOE4_LAYERS_PATTERN      /* a letter or a word for each layer: MoE, dense, or neither */
+};
+
+/* How config.json says which layers have a compressor or an indexer. */
+enum moe4_sparse_rule {
+    MOE4_SPARSE_NONE,
+    MOE4_SPARSE_TYPES,  /* an indexer in all layers, or in those that indexer_types calls full */
+    MOE4_SPARSE_RATIOS, /* compress_ratios: 4 an indexer, above 1 a compressor (DeepSeek-V4) */
+    MOE4_SPARSE_SOURCES /* lists of layers whose keys or indices others read (DeepSeek-V4.1) */
 };
 
 /* Where a model stands among the names of its checkpoint, which may hold more than it (images, sound): what the names of its body and of
@@ -72,6 +106,7 @@ struct moe4_family {
     const char *layer, *expert, *shared, *dense;   /* NULL where there is none */
     const char *proj[3];                           /* gate NULL: experts without */
     const char *router, *router_bias, *hash_table; /* a module and tensors; NULL where there is none */
+    const char *router_alt_bias;                   /* a tensor that may be there: a second bias, for image tokens */
     const char *fused_experts;                     /* prefix of 3-D tensors that hold all experts: known, not run; or NULL */
     const char *left_alone;                        /* prefix of modules beside the layers that are not judged; or NULL */
     const struct moe4_place *places;               /* the usual one first; ended by a NULL root */
@@ -80,6 +115,7 @@ struct moe4_family {
     moe4_activation activation;
     const char *key_activation, *key_n_experts, *key_expert, *key_shared; /* key_shared NULL: the experts' size times n_shared_experts */
     enum moe4_layer_rule layer_rule;
+    enum moe4_sparse_rule sparse;
     unsigned always;                                   /* MOE4_IF_ bits whatever config.json says */
     const struct moe4_part *model_parts, *layer_parts; /* ended by a NULL name */
 };

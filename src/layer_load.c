@@ -54,6 +54,30 @@ moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, c
     return status;
 }
 
+/* A vector of F32, BF16 or F16; NULL for no tensor. */
+static moe4_status read_floats(const moe4_ctx *ctx, float **x_ret, const moe4_tensor *t) {
+    if (!t) return MOE4_OK;
+    float *x = *x_ret = moe4_calloc(ctx, t->shape[0], sizeof *x, "router bias");
+    if (!x) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < t->shape[0]; i++) {
+        uint16_t half;
+        if (t->dtype == MOE4_F32) {
+            memcpy(&x[i], (const char *)t->data + 4 * i, 4);
+        } else {
+            memcpy(&half, (const char *)t->data + 2 * i, 2);
+            x[i] = t->dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
+        }
+    }
+    return MOE4_OK;
+}
+
+/* The bias by which image tokens choose, where the family has one and the layer does. */
+static moe4_status load_alt_bias(const moe4_ctx *ctx, float **x_ret, const moe4_checkpoint *ckpt, size_t layer) {
+    const moe4_tensor *t;
+    MOE4_TRY(moe4_router_vector(ckpt, &t, ckpt->config.family->router_alt_bias, layer));
+    return read_floats(ctx, x_ret, layer < ckpt->config.n_hash_layers ? NULL : t);
+}
+
 moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ctx *ctx, const moe4_checkpoint *ckpt, size_t layer,
                                                const moe4_router_options *options) {
     moe4_begin(ctx);
@@ -77,20 +101,12 @@ moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ct
         info.router.table_dtype = table.dtype;
         info.router.n_token_ids = table.shape[0];
     }
-    if (!bias.data) return moe4_router_create(router_ret, ctx, &gate, NULL, &info.router);
-
-    float *b = moe4_calloc(ctx, info.n_experts, sizeof *b, "router bias");
-    if (!b) return MOE4_ERROR_MEMORY;
-    for (size_t e = 0; e < info.n_experts; e++) {
-        uint16_t half;
-        if (bias.dtype == MOE4_F32) {
-            memcpy(&b[e], (const char *)bias.data + 4 * e, 4);
-        } else {
-            memcpy(&half, (const char *)bias.data + 2 * e, 2);
-            b[e] = bias.dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
-        }
-    }
-    moe4_status status = moe4_router_create(router_ret, ctx, &gate, b, &info.router);
+    float *b = NULL, *alt = NULL;
+    moe4_status status = read_floats(ctx, &b, bias.data ? &bias : NULL);
+    if (status == MOE4_OK && !o.alt_bias) status = load_alt_bias(ctx, &alt, ckpt, layer);
+    if (alt) info.router.alt_bias = alt;
+    if (status == MOE4_OK) status = moe4_router_create(router_ret, ctx, &gate, b, &info.router);
+    moe4_free(ctx, alt);
     moe4_free(ctx, b);
     return status;
 }

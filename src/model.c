@@ -111,6 +111,22 @@ static bool by_hash(const struct moe4_config *c, size_t layer) {
     return layer < c->n_hash_layers;
 }
 
+moe4_status moe4_router_vector(const moe4_checkpoint *ckpt, const moe4_tensor **tensor_ret, const char *pattern, size_t layer) {
+    const moe4_ctx *ctx = ckpt->ctx;
+    size_t n_experts = ckpt->config.dim[MOE4_DIM_N_EXPERTS];
+    char name[MOE4_MAX_NAME + 1];
+    *tensor_ret = NULL;
+    if (!pattern) return MOE4_OK;
+    moe4_family_name(name, sizeof name, ckpt->config.place, pattern, layer, 0, "");
+    const moe4_tensor *t = *tensor_ret = moe4_checkpoint_lookup(ckpt, name);
+    if (!t) return MOE4_OK;
+    MOE4_CHECK(ctx, t->dtype == MOE4_F32 || t->dtype == MOE4_BF16 || t->dtype == MOE4_F16, MOE4_ERROR_UNSUPPORTED,
+               "unsupported: %s: dtype %s (moe4 reads F32, BF16 and F16)", name, moe4_dtype_name(t->dtype));
+    MOE4_CHECK(ctx, t->n_dims == 1 && t->shape[0] == n_experts, MOE4_ERROR_FORMAT, "%s: %zu elements in %zu dimensions, need %zu in 1",
+               name, t->bytes / moe4_dtype_bytes(t->dtype), t->n_dims, n_experts);
+    return MOE4_OK;
+}
+
 moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gate_ret, moe4_tensor *bias_ret, size_t layer) {
     moe4_begin(ckpt->ctx);
     const moe4_ctx *ctx = ckpt->ctx;
@@ -125,13 +141,10 @@ moe4_status moe4_checkpoint_router(const moe4_checkpoint *ckpt, moe4_weight *gat
     MOE4_CHECK(ctx, gate.dtype != MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED, "unsupported: %s: a router in NVFP4", name);
     moe4_tensor bias = {0};
     if (f->router_bias && !by_hash(c, layer)) {
+        const moe4_tensor *t;
+        MOE4_TRY(moe4_router_vector(ckpt, &t, f->router_bias, layer));
         moe4_family_name(name, sizeof name, c->place, f->router_bias, layer, 0, "");
-        const moe4_tensor *t = moe4_checkpoint_lookup(ckpt, name);
         MOE4_CHECK(ctx, t, MOE4_ERROR_NOT_FOUND, "%s: no tensor of this name", name);
-        MOE4_CHECK(ctx, t->dtype == MOE4_F32 || t->dtype == MOE4_BF16 || t->dtype == MOE4_F16, MOE4_ERROR_UNSUPPORTED,
-                   "unsupported: %s: dtype %s (moe4 reads F32, BF16 and F16)", name, moe4_dtype_name(t->dtype));
-        MOE4_CHECK(ctx, t->n_dims == 1 && t->shape[0] == n_experts, MOE4_ERROR_FORMAT, "%s: %zu elements in %zu dimensions, need %zu in 1",
-                   name, t->bytes / moe4_dtype_bytes(t->dtype), t->n_dims, n_experts);
         bias = *t;
     }
     if (gate_ret) *gate_ret = gate;

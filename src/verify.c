@@ -213,15 +213,30 @@ static void expect_vector(struct verify *v, const char *name, size_t n) {
         report(v, name, "dtype %s, need F32, BF16 or F16", moe4_dtype_name(t->dtype));
 }
 
-static void expect_parts(struct verify *v, const struct moe4_part *part, const char *prefix) {
+/* Of any number of dimensions: the first, and the elements behind it; 0: not stated, not compared. */
+static void expect_tensor(struct verify *v, const char *name, size_t rows, size_t cols) {
+    const moe4_tensor *t = moe4_checkpoint_lookup(v->ckpt, name);
+    size_t n = t ? t->bytes / moe4_dtype_bytes(t->dtype) : 0, first = t && t->n_dims ? t->shape[0] : 1;
+    if (!t)
+        report(v, name, "missing: config.json promises it");
+    else if ((rows && first != rows) || (cols && (!first || n / first != cols)))
+        report(v, name, "%zux%zu, need %zux%zu by config.json", first, first ? n / first : 0, rows ? rows : first, cols ? cols : n / first);
+    else if (t->dtype != MOE4_F32 && t->dtype != MOE4_BF16 && t->dtype != MOE4_F16)
+        report(v, name, "dtype %s, need F32, BF16 or F16", moe4_dtype_name(t->dtype));
+}
+
+/* `has`: MOE4_IF_ bits of the model, and of the layer where it is one. */
+static void expect_parts(struct verify *v, const struct moe4_part *part, const char *prefix, unsigned has) {
     const struct moe4_config *c = &v->ckpt->config;
     for (; part->name; part++) {
-        if ((part->when & c->has) != part->when) continue;
+        if ((part->when & has) != part->when) continue;
         char name[MOE4_MAX_NAME + 1], rest[MOE4_MAX_NAME + 1];
         moe4_family_name(rest, sizeof rest, c->place, part->name, 0, 0, "");
         snprintf(name, sizeof name, "%.200s%.55s", prefix, rest);
         if (part->cols == MOE4_DIM_NONE)
             expect_vector(v, name, c->dim[part->rows]);
+        else if (part->kind == MOE4_PART_TENSOR)
+            expect_tensor(v, name, c->dim[part->rows], c->dim[part->cols]);
         else
             expect_matrix(v, name, c->dim[part->rows], c->dim[part->cols]);
     }
@@ -273,6 +288,10 @@ static void expect_moe(struct verify *v, size_t layer) {
         moe4_family_name(name, sizeof name, c->place, f->router_bias, layer, 0, "");
         expect_vector(v, name, n_experts);
     }
+    if (f->router_alt_bias) {
+        moe4_family_name(name, sizeof name, c->place, f->router_alt_bias, layer, 0, "");
+        if (moe4_checkpoint_lookup(v->ckpt, name)) expect_vector(v, name, n_experts);
+    }
     if (c->dim[MOE4_DIM_N_SHARED]) expect_mlp(v, f->shared, layer, 0, c->dim[MOE4_DIM_SHARED]);
     if (moe4_fused_experts(v->ckpt, layer)) return; /* told with its module */
     for (size_t e = 0; e < n_experts; e++) expect_mlp(v, f->expert, layer, e, c->dim[MOE4_DIM_EXPERT]);
@@ -291,11 +310,11 @@ static void check_complete(struct verify *v) {
         report(v, "config.json", "%s", c->problem);
         return;
     }
-    expect_parts(v, c->family->model_parts, "");
+    expect_parts(v, c->family->model_parts, "", c->has);
     for (size_t layer = 0; layer < c->dim[MOE4_DIM_LAYERS]; layer++) {
         char prefix[MOE4_MAX_NAME + 1];
         moe4_family_name(prefix, sizeof prefix, c->place, c->family->layer, layer, 0, "");
-        expect_parts(v, c->family->layer_parts, prefix);
+        expect_parts(v, c->family->layer_parts, prefix, c->has | c->layer_has[layer]);
         if (c->layer_kind[layer] == MOE4_LAYER_MOE)
             expect_moe(v, layer);
         else if (c->layer_kind[layer] == MOE4_LAYER_DENSE)

@@ -228,8 +228,8 @@ static void test_bad_configs(void **state) {
     } cases[] = {
         {"{}", MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"\" (found"},
         {"{\"model_type\":\"dbrx\",\"architectures\":[\"DbrxForCausalLM\"]}", MOE4_ERROR_UNSUPPORTED,
-         "model_type \"dbrx\" (found architecture \"DbrxForCausalLM\"; moe4 runs deepseek_v3, kimi_k2, glm4_moe, qwen3_moe, mixtral, "
-         "deepseek_v4, nemotron_h)"},
+         "model_type \"dbrx\" (found architecture \"DbrxForCausalLM\"; moe4 runs deepseek_v3, kimi_k2, deepseek_v32, "
+         "glm_moe_dsa, glm4_moe, qwen3_moe, mixtral, deepseek_v4, deepseek_v41, nemotron_h)"},
         {"{\"model_type\":\"gpt_oss\"}", MOE4_ERROR_UNSUPPORTED, "unsupported: model_type \"gpt_oss\": gpt-oss: mlp.experts.gate_up_proj"},
         {"{\"model_type\":\"llama4\"}", MOE4_ERROR_UNSUPPORTED, "Llama-4: feed_forward.experts.gate_up_proj"},
         {"{\"text_config\":[]}", MOE4_ERROR_FORMAT, "text_config is not an object"},

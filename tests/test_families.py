@@ -186,5 +186,40 @@ class Refused(FamilyCase):
                 self.assertEqual([(p["name"], p["problem"]) for p in problems], [(told, "missing: config.json promises it")])
 
 
+class Complete(FamilyCase):
+    def test_each_tensor_is_missed(self):
+        """Every tensor that a family has beside its experts: verify names the one that is not there, and nothing else."""
+        for name in ("deepseek_v3", "deepseek_v4", "deepseek_v41", "glm_moe_dsa", "nemotron_h", "qwen3_moe"):
+            families.MODELS["plain"] = families.MODELS[name] | {"format": "bf16", "shared_format": "bf16", "attention_format": "bf16"}
+            folder = self.folder / name
+            families.make(folder, "plain")
+            tensors = families.Maker("plain").model()
+            optional = ("mtp.", "vision", "tid2eid-odd", "bias_vl", ".experts.")
+            for gone in [n for n in tensors if not any(o in n for o in optional)]:
+                with self.subTest(f"{name}: {gone}"):
+                    families.write(folder / "model.safetensors", {n: t for n, t in tensors.items() if n != gone})
+                    problems = self.problems(folder)["problems"]
+                    self.assertEqual([p["problem"] for p in problems], ["missing: config.json promises it"])
+                    self.assertIn(problems[0]["name"], (gone, gone.removesuffix(".weight")))
+
+    def test_each_shape_is_compared(self):
+        """The same tensors with a row more."""
+        for name in ("deepseek_v4", "deepseek_v41", "glm_moe_dsa", "nemotron_h"):
+            families.MODELS["plain"] = families.MODELS[name] | {"format": "bf16", "shared_format": "bf16", "attention_format": "bf16"}
+            folder = self.folder / name
+            families.make(folder, "plain")
+            tensors = families.Maker("plain").model()
+            free = ("mtp.", "vision", "tid2eid", ".experts.", "engram.", "ape")  # sizes that config.json does not tell
+            for changed in [n for n in tensors if not any(f in n for f in free)]:
+                with self.subTest(f"{name}: {changed}"):
+                    dtype, values = tensors[changed]
+                    grown = np.concatenate((values, values[:1]))
+                    families.write(folder / "model.safetensors", tensors | {changed: (dtype, grown)})
+                    problems = self.problems(folder)["problems"]
+                    self.assertEqual(len(problems), 1, problems)
+                    self.assertIn("by config.json", problems[0]["problem"])
+                    self.assertIn(problems[0]["name"], (changed, changed.removesuffix(".weight")))
+
+
 if __name__ == "__main__":
     unittest.main()

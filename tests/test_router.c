@@ -1,6 +1,8 @@
 /* Routers against an fp64 statement of the rules, ties, groups, bad rows and errors. */
 #include "reference.h"
 
+#include "files.h"
+
 static moe4_ctx *make_ctx(size_t n_threads) {
     moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
     o.n_threads = n_threads;
@@ -294,10 +296,59 @@ static void test_errors(void **state) {
     moe4_ctx_destroy(ctx);
 }
 
+/* A checkpoint's second bias (DeepSeek-V4's gate.bias_vl) is the router's, and gives way to the caller's. */
+static void test_alt_bias_of_a_checkpoint(void **state) {
+    (void)state;
+    static const struct {
+        const char *shape;
+        moe4_status status;
+    } cases[] = {{"[4]", MOE4_OK}, {"[2,2]", MOE4_ERROR_FORMAT}};
+    /* gate zero; the first bias prefers expert 2, the second expert 1, the caller's expert 3 */
+    float data[32 + 8] = {0};
+    data[32 + 2] = data[36 + 1] = 1;
+    static const float own[4] = {0, 0, 0, 1};
+    moe4_ctx *ctx;
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    files_make();
+    files_text("config.json", "{\"model_type\":\"deepseek_v41\",\"hidden_size\":8,\"vocab_size\":2,\"num_hidden_layers\":1,"
+                              "\"n_routed_experts\":4,\"num_experts_per_tok\":1,\"moe_intermediate_size\":16}");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char header[512];
+        snprintf(header, sizeof header,
+                 "{\"layers.0.ffn.gate.weight\":{\"dtype\":\"F32\",\"shape\":[4,8],\"data_offsets\":[0,128]},"
+                 "\"layers.0.ffn.gate.bias\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[128,144]},"
+                 "\"layers.0.ffn.gate.bias_vl\":{\"dtype\":\"F32\",\"shape\":%s,\"data_offsets\":[144,160]}}",
+                 cases[i].shape);
+        files_safetensors("model.safetensors", header, data, sizeof data);
+        moe4_checkpoint *ckpt;
+        OK(ctx, moe4_checkpoint_open(&ckpt, ctx, files_path("")));
+        for (int given = 0; given < 2; given++) {
+            moe4_router *r;
+            moe4_router_options o = MOE4_ROUTER_OPTIONS_INIT;
+            if (given) o.alt_bias = own;
+            moe4_status status = moe4_router_create_from_checkpoint(&r, ctx, ckpt, 0, &o);
+            assert_int_equal(status, given ? MOE4_OK : cases[i].status);
+            if (status != MOE4_OK) continue;
+            moe4_router_tokens tokens = MOE4_ROUTER_TOKENS_INIT;
+            tokens.alt_bias = (const uint8_t[]){0, 1};
+            int32_t ids[2];
+            float weights[2];
+            static const float logits[8];
+            OK(ctx, moe4_router_select(r, ids, weights, logits, &tokens, 2, NULL));
+            assert_int_equal(ids[0], 2);
+            assert_int_equal(ids[1], given ? 3 : 1);
+            moe4_router_destroy(r);
+        }
+        moe4_checkpoint_close(ckpt);
+    }
+    files_remove();
+    moe4_ctx_destroy(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_select),  cmocka_unit_test(test_hash_tables), cmocka_unit_test(test_ties_and_extremes),
-        cmocka_unit_test(test_forward), cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_forward), cmocka_unit_test(test_errors),      cmocka_unit_test(test_alt_bias_of_a_checkpoint),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

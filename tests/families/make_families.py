@@ -45,10 +45,34 @@ MIXTRAL = LLAMA | {"kinds": "ee", "scores": "softmax", "shared": None, "bias": N
                    "config": COMMON | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_hidden_layers": 2,
                                        "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "intermediate_size": INTER,
                                        "hidden_act": "silu"}}
+# The names of DeepSeek-V3.2 and GLM-5: latent attention, and an indexer that chooses what to attend to.
+INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+SPARSE = DEEPSEEK_V3 | {"attention": MLA_ATTENTION | {"self_attn.indexer.wq_b": (32, 24), "self_attn.indexer.wk": (16, HIDDEN),
+                                                      "self_attn.indexer.weights_proj": (2, HIDDEN)},
+                        "norms": LLAMA_NORMS | MLA_NORMS | {"self_attn.indexer.k_norm": 16},
+                        "plain": {"self_attn.indexer.k_norm.bias": (16,)}}
+DEEPSEEK_V32 = SPARSE | {"config": DEEPSEEK_V3["config"] | INDEX | {"model_type": "deepseek_v32",
+                                                                    "architectures": ["DeepseekV32ForCausalLM"]}}
+GLM5 = SPARSE | {"config": DEEPSEEK_V3["config"] | INDEX | {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"],
+                                                            "n_group": 1, "topk_group": 1, "indexer_types": ["full", "full"]}}
+# DeepSeek-V4: hc_mult streams of x, groups of output projections; compressors and indexers by layer.
+HC, V4_GROUPS = 4, 2
+HYPER = {f"hc_{at}_{name}": shape for at in ("attn", "ffn")
+         for name, shape in (("fn", (24, HC * HIDDEN)), ("base", (24,)), ("scale", (3,)))}
 DEEPSEEK_V4 = {"root": "", "head": "head", "embed": "embed", "norm": "norm", "norms": {"attn_norm": HIDDEN, "ffn_norm": HIDDEN,
                "attn.q_norm": 24, "attn.kv_norm": 16},
-               "attention": {"attn.wq_a": (24, HIDDEN), "attn.wq_b": (64, 24), "attn.wkv": (16, HIDDEN), "attn.wo_a": (32, 32),
-                             "attn.wo_b": (HIDDEN, 32)},
+               "attention": {"attn.wq_a": (24, HIDDEN), "attn.wq_b": (64, 24), "attn.wkv": (16, HIDDEN), "attn.wo_a": (48, 32),
+                             "attn.wo_b": (HIDDEN, 48)},
+               "plain": HYPER | {"attn.attn_sink": (4,)},
+               "model_plain": {"hc_head_fn": (HC, HC * HIDDEN), "hc_head_base": (HC,), "hc_head_scale": (1,)},
+               "some_layers": {  # a compressor of 128 tokens; one of 4 that overlap, and its indexer
+                   1: ({"attn.compressor.wkv": (16, HIDDEN), "attn.compressor.wgate": (16, HIDDEN)},
+                       {"attn.compressor.ape": (128, 16), "attn.compressor.norm.weight": (16,)}),
+                   2: ({"attn.compressor.wkv": (32, HIDDEN), "attn.compressor.wgate": (32, HIDDEN), "attn.indexer.wq_b": (16, 24),
+                        "attn.indexer.weights_proj": (2, HIDDEN), "attn.indexer.compressor.wkv": (16, HIDDEN),
+                        "attn.indexer.compressor.wgate": (16, HIDDEN)},
+                       {"attn.compressor.ape": (4, 32), "attn.compressor.norm.weight": (16,), "attn.indexer.compressor.ape": (4, 16),
+                        "attn.indexer.compressor.norm.weight": (8,)})},
                "experts": "ffn.experts.", "shared": "ffn.shared_experts.", "router": "ffn.gate", "bias": "ffn.gate.bias",
                "table": "ffn.gate.tid2eid", "proj": ("w1", "w3", "w2"), "activation": "swiglu", "limit": 1.5, "inter": INTER,
                "shared_inter": INTER, "kinds": "eee", "scores": "sqrtsoftplus", "hash_layers": 2, "extra": "mtp",
@@ -56,9 +80,30 @@ DEEPSEEK_V4 = {"root": "", "head": "head", "embed": "embed", "norm": "norm", "no
                                          "num_key_value_heads": 1, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
                                          "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus",
                                          "topk_method": "noaux_tc", "num_hash_layers": 2, "swiglu_limit": 1.5, "q_lora_rank": 24,
-                                         "hidden_act": "silu", "num_nextn_predict_layers": 1,
+                                         "o_groups": V4_GROUPS, "o_lora_rank": 24, "hc_mult": HC, "index_n_heads": 2, "index_head_dim": 8,
+                                         "compress_ratios": [0, 128, 4, 0], "hidden_act": "silu", "num_nextn_predict_layers": 1,
                                          "quantization_config": {"quant_method": "fp8", "moe_quant_algo": "NVFP4"}}}
+# V4.1: layers read other layers' compressed keys and indices, two have a table of n-grams; a second router bias for image tokens.
+DEEPSEEK_V41 = DEEPSEEK_V4 | {
+    "model_plain": {}, "hash_layers": 0, "alt_bias": "ffn.gate.bias_vl", "nested": True,
+    "some_layers": {
+        1: ({"attn.compressor.wkv": (16, HIDDEN), "attn.compressor.wgate": (16, HIDDEN), "attn.indexer.wk": (8, 16),
+             "attn.indexer.wq_b": (16, 24), "attn.indexer.weights_proj": (2, HIDDEN), "engram.embed": (300, 16),
+             "engram.wkv": (5 * HIDDEN, 96)},
+            {"attn.compressor.norm.weight": (16,), "attn.indexer.k_norm.weight": (8,), "engram.k_weight": (HC, HIDDEN),
+             "engram.q_weight": (HC, HIDDEN)}),
+        2: ({"attn.compressor.wkv": (16, HIDDEN), "attn.indexer.wk": (8, 16)},
+            {"attn.compressor.norm.weight": (16,), "attn.indexer.k_norm.weight": (8,)})},
+    "config": {k: v for k, v in DEEPSEEK_V4["config"].items() if k not in ("num_hash_layers", "compress_ratios")} |
+              {"model_type": "deepseek_v41_text", "compress_ratios": [0, 2, 1, 0], "kv_source_layer_ids": [1, 2],
+               "index_source_layer_ids": [1], "engram_layer_ids": [1]}}
 NEMOTRON = {"root": "backbone.", "head": "lm_head", "embed": "embeddings", "norm": "norm_f", "norms": {"norm": HIDDEN}, "attention": {},
+            "some_layers": {
+                0: ({"mixer.in_proj": (48 + 80 + 6, HIDDEN), "mixer.out_proj": (HIDDEN, 48)},
+                    {"mixer.conv1d.weight": (80, 1, 4), "mixer.conv1d.bias": (80,), "mixer.A_log": (6,), "mixer.D": (6,),
+                     "mixer.dt_bias": (6,), "mixer.norm.weight": (48,)}),
+                2: ({"mixer.q_proj": (64, HIDDEN), "mixer.k_proj": (32, HIDDEN), "mixer.v_proj": (32, HIDDEN),
+                     "mixer.o_proj": (HIDDEN, 64)}, {})},
             "mlp": "mixer.", "experts": "mixer.experts.", "shared": "mixer.shared_experts.", "router": "mixer.gate",
             "bias": "mixer.gate.e_score_correction_bias", "proj": (None, "up_proj", "down_proj"), "activation": "relu2", "limit": 0,
             "inter": INTER, "shared_inter": 48, "dense_inter": 80, "kinds": "oeode", "scores": "sigmoid", "hash_layers": 0,
@@ -66,7 +111,8 @@ NEMOTRON = {"root": "backbone.", "head": "lm_head", "embed": "embeddings", "norm
                                       "hybrid_override_pattern": "ME*-E", "n_routed_experts": EXPERTS, "n_shared_experts": 1,
                                       "moe_shared_expert_intermediate_size": 48, "intermediate_size": 80, "norm_topk_prob": True,
                                       "routed_scaling_factor": 2.5, "n_group": 1, "topk_group": 1, "mlp_hidden_act": "relu2",
-                                      "moe_latent_size": None}}
+                                      "moe_latent_size": None, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2,
+                                      "ssm_state_size": 8, "conv_kernel": 4, "use_conv_bias": True}}
 NESTED = {"root": "language_model.model.", "head": "language_model.lm_head", "nested": True}
 
 # format: of the experts and dense layers. shared_format, attention_format: where they differ ("bf16" for attention).
@@ -81,7 +127,10 @@ MODELS = {
                                                                                                 "num_hidden_layers": 2}},
     "mixtral": MIXTRAL | {"format": "modelopt"},
     "mixtral-nested": MIXTRAL | NESTED | {"format": "compressed-tensors"},
+    "deepseek_v32": DEEPSEEK_V32 | {"format": "modelopt", "shared_format": "fp8-inv", "attention_format": "fp8-inv"},
+    "glm_moe_dsa": GLM5 | {"format": "modelopt"},
     "deepseek_v4": DEEPSEEK_V4 | {"format": "modelopt"},
+    "deepseek_v41": DEEPSEEK_V41 | {"format": "modelopt", "shared_format": "fp8-32", "attention_format": "fp8-32"},
     "deepseek_v4-fp8": DEEPSEEK_V4 | {"format": "modelopt", "shared_format": "fp8-scale", "attention_format": "fp8-scale"},
     "deepseek_v4-mxfp4": DEEPSEEK_V4 | {"format": "mxfp4", "shared_format": "fp8-scale", "attention_format": "fp8-scale"},
     "nemotron_h": NEMOTRON | {"format": "modelopt"},
@@ -125,10 +174,18 @@ class Maker:
         elif form == "mxfp4":
             self.add(f"{name}.weight", "I8", self.random.integers(-128, 128, (rows, cols // 2)))
             self.add(f"{name}.scale", "F8_E8M0", self.random.integers(118, 124, (rows, cols // 32)))
+        elif form in ("fp8-scale", "fp8-32"):
+            block = 32 if form == "fp8-32" else 128
+            self.add(f"{name}.weight", "F8_E4M3", self.fp8((rows, cols)))
+            self.add(f"{name}.scale", "F8_E8M0", self.random.integers(119, 122, (-(-rows // block), -(-cols // block))))
         else:
             self.add(f"{name}.weight", "F8_E4M3", self.fp8((rows, cols)))
             scale = self.random.uniform(0.01, 0.02, (-(-rows // 128), -(-cols // 128)))
-            self.add(f"{name}.weight_scale_inv" if form == "fp8-inv" else f"{name}.scale", "F32", scale)
+            self.add(f"{name}.weight_scale_inv", "F32", scale)
+
+    def plain(self, prefix, shapes):
+        for name, shape in shapes.items():
+            self.add(prefix + name, "F32", 0.1 * self.random.standard_normal(shape))
 
     def mlp(self, prefix, inter, form):
         gate, up, down = self.spec["proj"]
@@ -146,8 +203,10 @@ class Maker:
         prefix = f"{s['root']}layers.{number}."
         for norm, size in s["norms"].items():
             self.bf16(f"{prefix}{norm}.weight", size, 1)
-        for proj, (rows, cols) in s["attention"].items():
+        modules, plain = s.get("some_layers", {}).get(number, ({}, {}))
+        for proj, (rows, cols) in (s["attention"] | modules).items():
             self.module(prefix + proj, rows, cols, s.get("attention_format", "bf16"), 0)
+        self.plain(prefix, s.get("plain", {}) | plain)
         if kind == "d":
             self.mlp(prefix + s["mlp"], s["dense_inter"], s["format"])
         if kind != "e":
@@ -157,6 +216,8 @@ class Maker:
             self.table(prefix + s["table"])
         elif s["bias"]:
             self.add(prefix + s["bias"], "F32", 0.2 * self.random.standard_normal(EXPERTS))
+        if s.get("alt_bias"):
+            self.add(prefix + s["alt_bias"], "F32", 0.5 * self.random.standard_normal(EXPERTS))
         for e in range(EXPERTS):
             self.mlp(f"{prefix}{s['experts']}{e}.", s["inter"], s["format"])
         if s["shared"]:
@@ -167,11 +228,13 @@ class Maker:
         self.bf16(f"{s['root']}{s['embed']}.weight", (VOCAB, HIDDEN), 1)
         self.bf16(f"{s['root']}{s['norm']}.weight", HIDDEN, 1)
         self.bf16(f"{s['head']}.weight", (VOCAB, HIDDEN), 1)
+        self.plain(s["root"], s.get("model_plain", {}))
         for number, kind in enumerate(s["kinds"]):
             self.layer(number, kind)
         if "extra" in s:  # a layer that predicts a second token: MXFP4, whatever the others are
             self.module("mtp.0.ffn.experts.0.w1", INTER, HIDDEN, "mxfp4", 0)
             self.module("mtp.0.attn.wq_a", 24, HIDDEN, "fp8-scale", 0)
+            self.bf16("mtp.0.norm.weight", HIDDEN, 1)
         if s.get("nested"):
             self.bf16("vision_tower.blocks.0.weight", (8, 8), 1)
         return self.tensors
