@@ -12,6 +12,7 @@ struct side { /* one thread count */
     moe4_ctx *ctx;
     moe4_moe *moe;
     moe4_workspace workspace;
+    const char *kernels; /* of the last forward */
     double time[N_BENCH_WHATS][BENCH_MAX_SAMPLES], read[BENCH_MAX_SAMPLES], ceiling[BENCH_MAX_SAMPLES];
 };
 
@@ -160,6 +161,7 @@ static moe4_status sample_forward(const struct bench *b, struct side *s, const s
     s->time[BENCH_QUANTIZE][i] = stage[MOE4_STAGE_QUANTIZE_X] + stage[MOE4_STAGE_QUANTIZE_H];
     s->time[BENCH_COMBINE][i] = stage[MOE4_STAGE_COMBINE];
     *bytes_ret = (double)r.weight_bytes;
+    s->kernels = r.kernels;
     return status;
 }
 
@@ -172,6 +174,7 @@ static double part_of(enum bench_what what) {
 static void summarize(const struct bench *b, const struct side *s, struct bench_result *r) {
     const size_t n = r->n_samples;
     r->n_threads = moe4_ctx_n_threads(s->ctx);
+    r->kernels = s->kernels;
     r->bytes = bench_median(b->bytes, n);
     r->read_bytes = bench_median(s->read, n);
     r->ceiling_macs = bench_median(s->ceiling, n);

@@ -25,6 +25,7 @@ struct bench_figure {
 
 struct bench_result {
     size_t n_threads, n_tokens, n_samples;
+    const char *kernels;             /* that ran the products */
     double macs, bytes;              /* of the layer; bytes of the experts hit, the median */
     double read_bytes, ceiling_macs; /* a second, medians; ceiling_macs 0: this ISA's step is not known */
     struct bench_figure figure[N_BENCH_WHATS];

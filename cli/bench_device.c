@@ -119,22 +119,23 @@ static moe4_status sample(const struct bench_device *b, const struct input *in, 
     return status;
 }
 
-/* Weight bytes of the experts hit, the mean over the routings. */
-static moe4_status count_bytes(const struct bench_device *b, const struct input *in, double *bytes_ret) {
-    *bytes_ret = 0;
+/* Weight bytes of the experts hit, the mean over the routings; and which kernels ran. */
+static moe4_status count_bytes(const struct bench_device *b, const struct input *in, struct bench_result *result) {
+    result->bytes = 0;
     for (size_t r = 0; r < BENCH_ROUTINGS; r++) {
         moe4_moe_report report = MOE4_MOE_REPORT_INIT;
         moe4_status status = queue(b, in, r);
         if (status == MOE4_OK) status = moe4_moe_report_read(b->moe, &report, NULL, &in->workspace, NULL);
         if (status != MOE4_OK) return status;
-        *bytes_ret += (double)report.weight_bytes / BENCH_ROUTINGS;
+        result->bytes += (double)report.weight_bytes / BENCH_ROUTINGS;
+        result->kernels = report.kernels;
     }
     return MOE4_OK;
 }
 
 static moe4_status sample_all(const struct bench_device *b, const struct input *in, struct bench_result *r, double seconds) {
     double time[BENCH_MAX_SAMPLES], once;
-    moe4_status status = count_bytes(b, in, &r->bytes); /* the first calls, too */
+    moe4_status status = count_bytes(b, in, r); /* the first calls, too */
     if (status == MOE4_OK) status = sample(b, in, 1, &once);
     const size_t n_rounds = status == MOE4_OK ? (size_t)(SAMPLE_SECONDS / (once * BENCH_ROUTINGS)) + 1 : 0;
     for (double end = cli_seconds() + seconds;

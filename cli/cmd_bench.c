@@ -176,8 +176,8 @@ static void put_result(const struct output *o, const struct bench_result *r) {
     const int n_whats = o->args->cpu_time || o->device ? BENCH_LAYER + 1 : N_BENCH_WHATS;
     for (int what = 0; what < n_whats; what++) put_figure(o, r, what);
     if (!o->args->common.json && o->args->explain)
-        printf("%6s %7s  read %.2f GB/s, ceiling %.2f GMAC/s, %zu samples\n", "", "", r->read_bytes / 1e9, r->ceiling_macs / 1e9,
-               r->n_samples);
+        printf("%6s %7s  read %.2f GB/s, ceiling %.2f GMAC/s, %zu samples, kernels %s\n", "", "", r->read_bytes / 1e9,
+               r->ceiling_macs / 1e9, r->n_samples, r->kernels);
     if (!o->args->common.json) fflush(stdout);
 }
 

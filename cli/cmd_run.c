@@ -341,11 +341,12 @@ static void print_table(const struct run *r) {
                (unsigned long long)r->least_tokens, (unsigned long long)r->most_tokens);
     }
     if (cli_on_device(&r->args->common)) {
-        printf("device        %s\n\n", r->args->common.device);
+        printf("device        %s\n", moe4_ctx_device(r->ctx));
     } else {
         printf("isa           %s: %s\n", moe4_ctx_isa(r->ctx), moe4_ctx_isa_reason(r->ctx));
-        printf("threads       %zu\n\n", moe4_ctx_n_threads(r->ctx));
+        printf("threads       %zu\n", moe4_ctx_n_threads(r->ctx));
     }
+    printf("kernels       %s\n\n", p->kernels);
     printf("%-13s %9.3f ms\n", "load", 1e3 * r->load_seconds);
     if (r->router) printf("%-13s %9.3f ms\n", "route", 1e3 * r->route_seconds);
     for (int i = 0; i < MOE4_N_STAGES && !cli_on_device(&a->common); i++) /* a device does not time them */
@@ -381,9 +382,9 @@ static json_t *check_json(const struct run *r) {
 static int print_json(const struct run *r) {
     const moe4_moe_report *p = &r->report;
     const struct args *a = r->args;
-    json_t *layer = json_pack("{s:o, s:I, s:s, s:s, s:b, s:s, s:s, s:s, s:I}", "model", cli_json_text(a->model), "layer",
+    json_t *layer = json_pack("{s:o, s:I, s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:I}", "model", cli_json_text(a->model), "layer",
                               (json_int_t)a->layer, "kind", r->kind == MOE4_LAYER_MOE ? "moe" : "dense", "act", moe4_act_name(r->act),
-                              "shared", a->shared, "device", a->common.device ? a->common.device : "cpu", "isa", moe4_ctx_isa(r->ctx),
+                              "shared", a->shared, "device", moe4_ctx_device(r->ctx), "kernels", p->kernels, "isa", moe4_ctx_isa(r->ctx),
                               "isa_reason", moe4_ctx_isa_reason(r->ctx), "threads", (json_int_t)moe4_ctx_n_threads(r->ctx));
     json_t *work = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f}", "tokens", (json_int_t)p->n_tokens, "slots",
                              (json_int_t)p->n_slots, "experts_hit", (json_int_t)p->n_experts_hit, "least_tokens_of_an_expert",

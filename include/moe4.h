@@ -629,13 +629,10 @@ typedef struct moe4_moe_report {
     uint64_t n_saturated_blocks;   /* activation blocks, per slot, whose scale was past what E4M3 holds */
     uint64_t n_nonfinite_rows;     /* rows of x with a NaN or Inf */
     double seconds[MOE4_N_STAGES]; /* wall time, CPU only */
+    const char *kernels;           /* which path the products took, such as "w4a4 avx512vnni" or "decode sm_90"; static */
 } moe4_moe_report;
-#define MOE4_MOE_REPORT_INIT                         \
-    {                                                \
-        sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, { \
-            0                                        \
-        }                                            \
-    }
+#define MOE4_MOE_REPORT_INIT \
+    { sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, {0}, NULL }
 
 /* What the last forward with this workspace did; tokens_per_expert [n_local] in host memory, or NULL. Errors: ARGUMENT
  * (a workspace that is none), DEVICE. On a device it waits for the stream. */

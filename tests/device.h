@@ -17,10 +17,12 @@
 static moe4_ctx *cpu, *gpu;
 static char logged[512];
 
+#ifndef OK
 #define OK(ctx, expr)                                                          \
     do {                                                                       \
         if ((expr) != MOE4_OK) fail_msg("%s: %s", #expr, moe4_ctx_error(ctx)); \
     } while (0)
+#endif
 
 static inline void keep_log(void *user, const char *line) {
     (void)user;

@@ -90,6 +90,7 @@ moe4_status moe4_cpu_begin(const struct moe4_moe_call *call) {
     size_t bytes;
     *s = (struct moe4_cpu_state){.moe = call->moe, .n_tokens = call->n_tokens, .report = MOE4_MOE_REPORT_INIT, .lap = now()};
     s->report.n_tokens = call->n_tokens;
+    s->report.kernels = ((const struct moe4_cpu_experts *)call->moe->group[0].prepared)->x->name;
     carve(&bytes, call, call->workspace, s);
     s->group[0].routed = !call->by_rows && (call->ids || call->moe->o.n_experts > 1);
     if (moe4_cpu_shares_x(call, s->n_groups - 1)) {

@@ -58,6 +58,8 @@ moe4_status moe4_cuda_report(const struct moe4_moe_call *c, moe4_moe_report *rep
 /* run.c: a run's kernels and its workspace. */
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device);
 bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device);
+/* What a report says of the run's products; static. */
+const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device);
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);
 
 /* linear.c */

@@ -219,6 +219,7 @@ static moe4_status read_report(const struct moe4_moe_call *c, moe4_moe_report *r
                "moe4_moe_report_read: no forward of this layer used the workspace");
     report->n_tokens = (uint64_t)state.n_tokens;
     struct runs all = layer_runs(moe, report->n_tokens, c->workspace);
+    report->kernels = moe4_cuda_kernels_name(&all.run[0], moe4_cuda_of(moe->ctx));
     MOE4_TRY(report_experts(moe, &all.run[0], report, tokens_per_expert, c->stream));
     if (moe->n_groups > 1 && state.n_tokens) report->weight_bytes += weight_bytes(moe->group[1].expert);
     for (size_t g = 0; g < moe->n_groups; g++) MOE4_TRY(report_run(moe, &all.run[g], report, c->stream));

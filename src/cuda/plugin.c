@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "accept.h"
 #include "device.h"
 
 /* ---- the core's services, under the names that its macros use ---- */
@@ -137,16 +138,20 @@ static const struct moe4_backend backend = {
 };
 
 static moe4_status find_device(moe4_ctx *ctx, struct moe4_cuda_device *d, int index) {
-    int n = 0, driver = 0;
-    cudaError_t error = cudaDriverGetVersion(&driver);
-    MOE4_CHECK(ctx, error == cudaSuccess && driver, MOE4_ERROR_DEVICE, "cuda:%d: no NVIDIA driver on this machine", index);
-    error = cudaGetDeviceCount(&n);
-    if (error == cudaErrorNoDevice) n = 0;
-    if (error != cudaErrorNoDevice) CUDA_TRY(ctx, error, "looking for devices");
-    MOE4_CHECK(ctx, index < n, MOE4_ERROR_DEVICE, "cuda:%d: the driver shows %d device%s", index, n, n == 1 ? "" : "s");
+    struct moe4_cuda_facts facts = {.index = index, .runtime = CUDART_VERSION};
     struct cudaDeviceProp p;
-    CUDA_TRY(ctx, cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
-    MOE4_CHECK(ctx, p.major >= 8, MOE4_ERROR_DEVICE, "cuda:%d: %s has compute capability %d.%d, need 8.0", index, p.name, p.major, p.minor);
+    if (cudaDriverGetVersion(&facts.driver) != cudaSuccess) facts.driver = 0;
+    MOE4_TRY(moe4_cuda_accept_driver(ctx, &facts));
+    cudaError_t error = cudaGetDeviceCount(&facts.n_devices);
+    if (error == cudaErrorNoDevice) facts.n_devices = 0;
+    if (error != cudaErrorNoDevice) CUDA_TRY(ctx, error, "looking for devices");
+    if (index < facts.n_devices) {
+        CUDA_TRY(ctx, cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
+        facts.name = p.name;
+        facts.major = p.major;
+        facts.minor = p.minor;
+    }
+    MOE4_TRY(moe4_cuda_accept_device(ctx, &facts));
     *d = (struct moe4_cuda_device){.index = index, .major = p.major, .minor = p.minor, .n_sms = p.multiProcessorCount};
     snprintf(d->name, sizeof d->name, "%s", p.name);
     return MOE4_OK;

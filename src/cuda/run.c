@@ -15,6 +15,11 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     (void)device;
 }
 
+const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
+    (void)r;
+    return moe4_cuda_uses_sm90(device) ? "decode sm_90" : "portable";
+}
+
 /* The one walk for the size query and the carve-up; counts for n_tokens and what choose_kernel set. Without gate/up (a linear), h is x. */
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up) {
     size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k, columns = (size_t)r->tile_columns;

@@ -61,6 +61,12 @@ class OnDevice(CliCase):
                 self.assertLessEqual(abs(there["bits_per_byte"] - here["bits_per_byte"]), near)
         self.assertIn("cuda:0, the rest on ", self.moe4(*COMMANDS["eval"], "--device", "cuda").stdout)
 
+    def test_run_says_which_kernels(self):
+        here, there = (self.json(*COMMANDS["run"], "--device", device) for device in ("cpu", "cuda"))
+        self.assertEqual((here["device"], there["device"]), ("cpu", "cuda:0"))
+        self.assertTrue(here["kernels"] and there["kernels"] and here["kernels"] != there["kernels"], there)
+        self.assertIn(f"kernels       {there['kernels']}\n", self.moe4(*COMMANDS["run"], "--device", "cuda").stdout)
+
     def test_batches_do_not_matter(self):
         said = {self.json("eval", MODEL, "--text", TEXT, "--limit", 600, "--window", 100, "--device", "cuda", *more)["bits_per_byte"]
                 for more in ([], ["--threads", 1], ["--batch", 1], ["--batch", 5])}  # fmt: skip

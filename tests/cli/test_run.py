@@ -41,6 +41,7 @@ class Bundled(CliCase):
         self.assertEqual((result["least_tokens_of_an_expert"], result["most_tokens_of_an_expert"]), (min(counts), max(counts)))
         self.assertEqual(result["weight_bytes"], len(counts) * 3 * 128 * 256 * 9 // 16)
         self.assertEqual((result["isa"], result["threads"], result["act"], result["kind"]), ("scalar", 2, "static", "moe"))
+        self.assertEqual((result["device"], result["kernels"]), ("cpu", "fp32, scalar"))
         self.assertEqual((result["nonfinite_rows"], result["check"], result["output"]), (0, None, None))
         stages = [s for name, s in result["seconds"].items() if name not in ("load", "route", "forward")]
         self.assertEqual(len(stages), 6)
