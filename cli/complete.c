@@ -9,6 +9,7 @@ static const char *words_of(const char *arg) {
     static const struct {
         const char *arg, *words;
     } known[] = {
+        {"MODE,...", "w4a16 static tensor token"},
         {"MODE", "w4a16 static tensor token bf16"},
         {"NAME", "scalar avx2 avx512vnni avx512bf16"},
         {"NAME|H,I,E,K", "v4-pro v4-flash qwen3-30b"},

@@ -34,6 +34,19 @@ class Bench(CliCase):
                         products = next(p for p in rows if p["what"] == "products" and p["tokens"] == r["tokens"] and p["threads"] == r["threads"])
                         self.assertGreater(r["best_s"], products["best_s"])
 
+    def test_several_modes(self):
+        file = self.folder / "figures.csv"
+        told = self.json(*SMALL, "--tokens", "1,2", "--threads", "1", "--act", "token,w4a16", "--csv", file)
+        self.assertEqual(told["act"], "token,w4a16")
+        want = [(act, t, part) for act in ("token", "w4a16") for t in (1, 2) for part in PARTS]
+        self.assertEqual([(r["act"], r["tokens"], r["what"]) for r in told["figures"]], want)
+        with open(file, newline="") as lines:
+            self.assertEqual([(r["act"], int(r["tokens"]), r["what"]) for r in csv.DictReader(lines)], want)
+        text = self.moe4(*SMALL, "--tokens", "1", "--act", "static,tensor").stdout
+        self.assertEqual([word for word in ("static", "tensor") if f"; {word} on " in text], ["static", "tensor"])
+        for act in ("token,", ",token", "token,bf16", "token,token,token,token,token", "tokentokentokentoken"):
+            self.error("bench", "--act", act, status=BAD_USAGE, says=["--act", f'"{act}"'])
+
     def test_isa(self):
         told = self.json(*SMALL, "--tokens", "1", "--isa", "scalar")
         self.assertEqual(told["isa"], "scalar")
