@@ -73,22 +73,45 @@ static json_t *measured(double x) {
     return x > 0 ? json_real(x) : json_null();
 }
 
+/* What came from MXFP4, and which of it lost something. */
+static json_t *recast_json(const struct quantize_report *r) {
+    json_t *inexact = json_array();
+    for (size_t i = 0; i < r->n_inexact; i++) {
+        const struct quantize_inexact *m = &r->inexact[i];
+        json_array_append_new(inexact,
+                              json_pack("{s:o, s:I, s:I, s:f}", "name", cli_json_text(m->name), "blocks_inexact", (json_int_t)m->n_inexact,
+                                        "blocks", (json_int_t)m->n_blocks, "relative_error", m->relative_error));
+    }
+    return json_pack("{s:I, s:o}", "matrices", (json_int_t)r->n_recast, "inexact", inexact);
+}
+
+static void print_recast(const struct quantize_report *r) {
+    if (!r->n_recast) return;
+    printf("%-18s %zu matrices of MXFP4, %zu without loss\n", "recast", r->n_recast, r->n_recast - r->n_inexact);
+    for (size_t i = 0; i < r->n_inexact; i++) {
+        const struct quantize_inexact *m = &r->inexact[i];
+        printf("%-18s %s: %llu of %llu blocks of 32 are below its scales; relative error %.3g\n", "", m->name,
+               (unsigned long long)m->n_inexact, (unsigned long long)m->n_blocks, m->relative_error);
+    }
+}
+
 static int print_json(const struct quantize_report *r, const struct speed *s, const char *out, const struct quantize_options *o) {
     json_t *calibration = json_null();
     if (o->calibrate)
         calibration = json_pack("{s:I, s:I, s:I}", "tokens", (json_int_t)r->n_tokens, "expert_inputs", (json_int_t)r->n_inputs,
                                 "expert_inputs_unreached", (json_int_t)r->n_unreached);
     return cli_print_json(json_pack(
-        "{s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o}", "model", cli_json_text(out), "quantized",
+        "{s:o, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o, s:o}", "model", cli_json_text(out), "quantized",
         (json_int_t)r->n_quantized, "left", (json_int_t)r->n_left, "copied", (json_int_t)r->n_copied, "shards", (json_int_t)r->n_shards,
         "shards_kept", (json_int_t)r->n_shards_kept, "bytes_read", (json_int_t)r->bytes_read, "bytes_written", (json_int_t)r->bytes_written,
         "seconds", r->seconds, "bytes_per_second", s->rate, "memory_bytes_per_second", measured(s->memory), "disk_bytes_per_second",
-        measured(s->disk), "share_of_slower", measured(s->share), "calibration", calibration));
+        measured(s->disk), "share_of_slower", measured(s->share), "calibration", calibration, "recast", recast_json(r)));
 }
 
 static int print_table(const struct quantize_report *r, const struct speed *s, const struct quantize_options *o) {
     char text[24];
     printf("%-18s %zu matrices\n", "quantized", r->n_quantized);
+    print_recast(r);
     if (r->n_left) printf("%-18s %zu linear layers, as they were\n", "left", r->n_left);
     printf("%-18s %zu tensors\n", "copied", r->n_copied);
     printf("%-18s %zu", "shards", r->n_shards);
@@ -125,6 +148,7 @@ static int quantize(const char *const *paths, const struct quantize_options *o, 
         struct speed speed = measure(&m.lm, &report, paths[1], ceilings);
         exit_status = common->json ? print_json(&report, &speed, paths[1], o) : print_table(&report, &speed, o);
     }
+    quantize_report_free(&report);
     cli_lm_close(&m);
     return exit_status;
 }
@@ -144,11 +168,11 @@ int cmd_quantize(int argc, char **argv) {
     };
     const struct cli_usage usage = {
         .synopsis = "MODEL OUT [--recipe NAME] [--four-over-six] [--search] [--calibrate FILE] [--resume] [options]",
-        .about =
-            "Quantizes the linear layers of a checkpoint folder (bf16, f16, f32 or block-scaled FP8) to NVFP4 and writes the folder OUT:\n"
-            "shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers, embeddings and\n"
-            "norms stay as they are. gate and up of an expert share a global scale.\n"
-            "Files appear under their names when they are complete; a run that was killed goes on with --resume.",
+        .about = "Quantizes the linear layers of a checkpoint folder (bf16, f16, f32, block-scaled FP8 or MXFP4) to NVFP4 and writes the "
+                 "folder\n"
+                 "OUT: shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers, embeddings and\n"
+                 "norms stay as they are. gate and up of an expert share a global scale.\n"
+                 "Files appear under their names when they are complete; a run that was killed goes on with --resume.",
         .options = table,
         .n_options = sizeof table / sizeof *table,
         .examples = "moe4 quantize GLM-4.5 GLM-4.5-NVFP4\n"

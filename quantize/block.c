@@ -4,91 +4,102 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FP8_BLOCK = 128 };
+#include "quantize/recast.h"
 
-static float half_to_float(moe4_dtype dtype, uint16_t bits) {
-    return dtype == MOE4_BF16 ? moe4_bf16_to_float(bits) : moe4_f16_to_float(bits);
+/* FP8 bytes [n, cols] times the factor of their 128x128 block. */
+static moe4_status scale_fp8(const struct quantize_plan *plan, const struct quantize_piece *piece, float *x, const uint8_t *bytes,
+                             char *why) {
+    const struct quantize_item *item = piece->item;
+    size_t cols = item->cols, n_factors = (cols + QUANTIZE_FP8_BLOCK - 1) / QUANTIZE_FP8_BLOCK;
+    char *factors = malloc(n_factors * sizeof(float));
+    moe4_status status = factors ? MOE4_OK : MOE4_ERROR_MEMORY;
+    for (size_t r = 0; status == MOE4_OK && r < piece->n; r++) {
+        size_t row = piece->row + r;
+        if (r == 0 || row % QUANTIZE_FP8_BLOCK == 0)
+            status = quantize_view_read(plan, &item->scales, factors, row / QUANTIZE_FP8_BLOCK, 1, n_factors, why);
+        for (size_t c = 0; status == MOE4_OK && c < cols; c++) {
+            size_t f = c / QUANTIZE_FP8_BLOCK;
+            float factor = item->scales.dtype == MOE4_F32     ? lm_element(factors, MOE4_F32, f)
+                           : (uint8_t)factors[f] == UINT8_MAX ? NAN
+                                                              : ldexpf(1, (uint8_t)factors[f] - 127);
+            x[r * cols + c] = plan->e4m3[bytes[r * cols + c]] * factor;
+        }
+    }
+    free(factors);
+    return status;
 }
 
 /* x[n, cols] = the piece in fp32. */
-static void to_floats(const struct quantize_plan *plan, const struct quantize_piece *piece, float *x) {
+static moe4_status to_floats(const struct quantize_plan *plan, const struct quantize_piece *piece, float *x, char *why) {
     const struct quantize_item *item = piece->item;
-    size_t cols = item->cols, begin = piece->row * cols, n = piece->n * cols;
-    if (item->fp8_scale.data) {
-        const uint8_t *bytes = (const uint8_t *)item->in.data + begin;
-        size_t n_factors = (cols + FP8_BLOCK - 1) / FP8_BLOCK;
-        for (size_t r = 0; r < piece->n; r++)
-            for (size_t c = 0; c < cols; c += FP8_BLOCK) {
-                float factor = lm_element(item->fp8_scale.data, MOE4_F32, (piece->row + r) / FP8_BLOCK * n_factors + c / FP8_BLOCK);
-                size_t end = cols - c < FP8_BLOCK ? cols : c + FP8_BLOCK;
-                for (size_t k = c; k < end; k++) x[r * cols + k] = plan->e4m3[bytes[r * cols + k]] * factor;
-            }
-        return;
-    }
-    const char *in = (const char *)item->in.data + begin * moe4_dtype_bytes(item->in.dtype);
-    if (item->in.dtype == MOE4_F32) {
-        memcpy(x, in, n * sizeof *x);
-        return;
-    }
-    for (size_t i = 0; i < n; i++) {
-        uint16_t bits;
-        memcpy(&bits, in + 2 * i, sizeof bits);
-        x[i] = half_to_float(item->in.dtype, bits);
-    }
+    moe4_dtype dtype = item->values.dtype;
+    size_t n = piece->n * item->cols;
+    if (item->form == QUANTIZE_MXFP4) return quantize_recast_floats(plan, piece, x, why);
+    if (dtype == MOE4_F32) return quantize_view_read(plan, &item->values, x, piece->row, piece->n, item->cols, why);
+    char *stored = malloc(n * moe4_dtype_bytes(dtype));
+    moe4_status status = stored ? MOE4_OK : MOE4_ERROR_MEMORY;
+    if (status == MOE4_OK) status = quantize_view_read(plan, &item->values, stored, piece->row, piece->n, item->cols, why);
+    if (status == MOE4_OK && item->form == QUANTIZE_FP8)
+        status = scale_fp8(plan, piece, x, (const uint8_t *)stored, why);
+    else if (status == MOE4_OK && dtype == MOE4_BF16)
+        for (size_t i = 0; i < n; i++) x[i] = moe4_bf16_to_float(((const uint16_t *)(const void *)stored)[i]);
+    else if (status == MOE4_OK)
+        for (size_t i = 0; i < n; i++) x[i] = moe4_f16_to_float(((const uint16_t *)(const void *)stored)[i]);
+    free(stored);
+    return status;
 }
 
-/* The piece as the library reads it: where it lies when it is wide and aligned, otherwise in fp32 in *owned_ret, the caller's to free.
- * NULL: no memory. */
-static const void *view(const struct quantize_plan *plan, const struct quantize_piece *piece, moe4_dtype *dtype_ret, float **owned_ret,
-                        bool floats) {
+/* The piece as the library reads it: as it is stored when that is wide, otherwise in fp32. Free *x_ret either way. */
+static moe4_status load(const struct quantize_plan *plan, const struct quantize_piece *piece, void **x_ret, moe4_dtype *dtype_ret,
+                        bool floats, char *why) {
     const struct quantize_item *item = piece->item;
-    size_t element = moe4_dtype_bytes(item->in.dtype);
-    const char *in = (const char *)item->in.data + piece->row * item->cols * element;
-    *owned_ret = NULL;
-    *dtype_ret = item->in.dtype;
-    if (!floats && !item->fp8_scale.data && (uintptr_t)in % element == 0) return in;
-    *owned_ret = malloc(piece->n * item->cols * sizeof **owned_ret);
-    *dtype_ret = MOE4_F32;
-    if (*owned_ret) to_floats(plan, piece, *owned_ret);
-    return *owned_ret;
+    floats |= item->form != QUANTIZE_WIDE;
+    *dtype_ret = floats ? MOE4_F32 : item->values.dtype;
+    *x_ret = malloc(piece->n * item->cols * moe4_dtype_bytes(*dtype_ret));
+    if (!*x_ret) return MOE4_ERROR_MEMORY;
+    return floats ? to_floats(plan, piece, *x_ret, why)
+                  : quantize_view_read(plan, &item->values, *x_ret, piece->row, piece->n, item->cols, why);
 }
 
-moe4_status quantize_piece_amax(const struct quantize_plan *plan, const struct quantize_piece *piece, float *amax_ret) {
-    float *owned;
+moe4_status quantize_piece_amax(const struct quantize_plan *plan, const struct quantize_piece *piece, uint32_t *amax_ret, char *why) {
+    if (piece->item->form == QUANTIZE_MXFP4) return quantize_recast_amax(plan, piece, amax_ret, why);
+    void *x;
     moe4_dtype dtype;
-    const void *x = view(plan, piece, &dtype, &owned, false);
-    moe4_status status = x ? moe4_amax(plan->lm->ctx, amax_ret, x, dtype, piece->n, piece->item->cols, 0) : MOE4_ERROR_MEMORY;
-    free(owned);
+    float amax = 0;
+    moe4_status status = load(plan, piece, &x, &dtype, false, why);
+    if (status == MOE4_OK) status = moe4_amax(plan->lm->ctx, &amax, x, dtype, piece->n, piece->item->cols, 0);
+    memcpy(amax_ret, &amax, sizeof amax);
+    free(x);
     return status;
 }
 
 moe4_status quantize_piece_encode(const struct quantize_plan *plan, const struct quantize_piece *piece, uint8_t *codes, uint8_t *scales,
-                                  float global) {
+                                  float global, char *why) {
     const struct quantize_options *o = plan->options;
+    moe4_ctx *ctx = plan->lm->ctx;
     size_t cols = piece->item->cols;
-    float *owned;
+    void *x;
     moe4_dtype dtype;
-    const void *x = view(plan, piece, &dtype, &owned, o->search);
-    if (!x) return MOE4_ERROR_MEMORY;
+    moe4_status status = load(plan, piece, &x, &dtype, o->search, why);
     moe4_quantize_options options = MOE4_QUANTIZE_OPTIONS_INIT;
     options.recipe = o->recipe;
     options.four_over_six = o->four_over_six;
     options.global = &global;
-    moe4_status status = moe4_nvfp4_quantize(plan->lm->ctx, codes, scales, NULL, NULL, x, dtype, piece->n, cols, 0, &options);
+    if (status == MOE4_OK) status = moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x, dtype, piece->n, cols, 0, &options);
     if (status == MOE4_OK && o->search)
-        quantize_search(codes, scales, owned, piece->n, cols, global, o->recipe == MOE4_RECIPE_COMPRESSED_TENSORS,
-                        piece->item->channel_weight);
-    free(owned);
+        quantize_search(codes, scales, x, piece->n, cols, global, o->recipe == MOE4_RECIPE_COMPRESSED_TENSORS, piece->item->channel_weight,
+                        moe4_isa_mask(moe4_ctx_isa(ctx)));
+    free(x);
     return status;
 }
 
-moe4_status quantize_piece_widen(const struct quantize_plan *plan, const struct quantize_piece *piece, uint16_t *values) {
-    float *owned;
+moe4_status quantize_piece_widen(const struct quantize_plan *plan, const struct quantize_piece *piece, uint16_t *values, char *why) {
+    void *x;
     moe4_dtype dtype;
-    if (!view(plan, piece, &dtype, &owned, true)) return MOE4_ERROR_MEMORY;
-    for (size_t i = 0; i < piece->n * piece->item->cols; i++) values[i] = moe4_bf16_from_float(owned[i]);
-    free(owned);
-    return MOE4_OK;
+    moe4_status status = load(plan, piece, &x, &dtype, true, why);
+    for (size_t i = 0; status == MOE4_OK && i < piece->n * piece->item->cols; i++) values[i] = moe4_bf16_from_float(((const float *)x)[i]);
+    free(x);
+    return status;
 }
 
 bool quantize_find_nonfinite(const struct quantize_plan *plan, struct quantize_item *item, size_t *row_ret, size_t *col_ret) {
@@ -96,7 +107,8 @@ bool quantize_find_nonfinite(const struct quantize_plan *plan, struct quantize_i
     bool found = false;
     for (size_t row = 0; x && !found && row < item->rows; row++) {
         struct quantize_piece piece = {item, row, 1};
-        to_floats(plan, &piece, x);
+        char why[QUANTIZE_WHY_BYTES];
+        if (to_floats(plan, &piece, x, why) != MOE4_OK) break;
         for (size_t col = 0; !found && col < item->cols; col++)
             if (!isfinite(x[col])) {
                 *row_ret = row;

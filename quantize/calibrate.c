@@ -69,7 +69,7 @@ static moe4_status find_places(struct setup *s) {
     if (!s->places) return MOE4_ERROR_MEMORY;
     for (size_t i = 0; i < plan->n_items; i++) {
         moe4_tensor t;
-        LM_TRY(plan->lm, moe4_checkpoint_tensor(s->c->model->ckpt, &t, i));
+        LM_TRY(plan->lm, moe4_checkpoint_tensor(s->c->model->ckpt, &t, plan->items[i].number));
         s->places[i] = (struct place){t.data, &plan->items[i]};
     }
     qsort(s->places, plan->n_items, sizeof *s->places, by_data);
@@ -267,7 +267,7 @@ static moe4_status run_text(struct quantize_calibration *c) {
 
 static moe4_status check(const struct quantize_calibration *c, const struct input *in) {
     LM_CHECK(c->plan->lm, isfinite(in->amax), MOE4_ERROR_FORMAT, "calibration: the input of %s is not finite",
-             in->item[0] ? in->item[0]->in.name : "a matrix");
+             in->item[0] ? in->item[0]->name : "a matrix");
     return MOE4_OK;
 }
 
@@ -332,7 +332,7 @@ static moe4_status finish_all(struct quantize_calibration *c) {
     for (size_t i = 0; i < c->plan->n_items; i++) {
         const struct quantize_item *item = &c->plan->items[i];
         LM_CHECK(lm, item->how != QUANTIZE_NVFP4 || item->input_amax > 0, MOE4_ERROR_UNSUPPORTED, "calibration: %s had no input above 0",
-                 item->in.name);
+                 item->name);
     }
     return MOE4_OK;
 }

@@ -21,10 +21,10 @@ static json_t *ignored(const struct quantize_plan *plan) {
     json_t *list = json_array();
     for (size_t i = 0; i < plan->n_items; i++) {
         const struct quantize_item *item = &plan->items[i];
-        size_t n = quantize_module_length(item->in.name);
-        if (item->how == QUANTIZE_NVFP4 || item->how == QUANTIZE_DROP || item->in.n_dims != 2 || !n || strstr(item->in.name, "embed"))
-            continue;
-        json_array_append_new(list, json_stringn(item->in.name, n));
+        size_t n = quantize_module_length(item->name);
+        bool is_matrix = item->in.n_dims == 2 || item->own_name;
+        if (item->how == QUANTIZE_NVFP4 || item->how == QUANTIZE_DROP || !is_matrix || !n || strstr(item->name, "embed")) continue;
+        json_array_append_new(list, json_stringn(item->name, n));
     }
     return list;
 }

@@ -11,9 +11,18 @@ static const char weight[] = ".weight";
 static const char *const linear[] = {"q_proj",    "k_proj",    "v_proj",  "o_proj",    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
                                      "kv_b_proj", "gate_proj", "up_proj", "down_proj", "w1",       "w2",       "w3"};
 
+bool quantize_ends_with(const char *tensor, const char *suffix) {
+    size_t n = strlen(tensor), k = strlen(suffix);
+    return n > k && strcmp(tensor + n - k, suffix) == 0;
+}
+
 size_t quantize_module_length(const char *tensor) {
-    size_t n = strlen(tensor), k = sizeof weight - 1;
-    return n > k && strcmp(tensor + n - k, weight) == 0 ? n - k : 0;
+    return quantize_ends_with(tensor, weight) ? strlen(tensor) - strlen(weight) : 0;
+}
+
+/* Towers for images and sound stay as they are, whatever their layers are called. */
+static bool in_tower(const char *tensor) {
+    return strstr(tensor, "vision") || strstr(tensor, "visual") || strstr(tensor, "audio");
 }
 
 /* The number behind "layers."; layers past what config.json counts (multi-token prediction) are no layers of the model. */
@@ -29,14 +38,10 @@ static bool in_layer(const char *tensor, size_t n_layers) {
 bool quantize_is_linear(const char *tensor, size_t n_layers) {
     size_t n = quantize_module_length(tensor), begin = n;
     while (begin > 0 && tensor[begin - 1] != '.') begin--;
-    if (!n || !in_layer(tensor, n_layers)) return false;
+    if (!n || !in_layer(tensor, n_layers) || in_tower(tensor)) return false;
     for (size_t i = 0; i < sizeof linear / sizeof *linear; i++)
         if (n - begin == strlen(linear[i]) && strncmp(tensor + begin, linear[i], n - begin) == 0) return true;
     return false;
-}
-
-bool quantize_is_fused_experts(const char *tensor) {
-    return strstr(tensor, ".experts.gate_up_proj") || strstr(tensor, ".experts.down_proj");
 }
 
 bool quantize_partner_name(char partner[static QUANTIZE_NAME_BYTES], const char *tensor) {

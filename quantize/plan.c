@@ -5,12 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FP8_BLOCK = 128 };
-
-static bool is_wide(moe4_dtype dtype) {
-    return dtype == MOE4_F32 || dtype == MOE4_BF16 || dtype == MOE4_F16;
-}
-
 /* ---- parts ---- */
 
 static struct quantize_part matrix(const char *suffix, moe4_dtype dtype, size_t rows, size_t cols) {
@@ -27,6 +21,11 @@ size_t quantize_parts(const struct quantize_plan *plan, const struct quantize_it
     switch (item->how) {
     case QUANTIZE_DROP: return 0;
     case QUANTIZE_COPY:
+        if (item->own_name) {
+            parts[PART_WEIGHT] = matrix(NULL, t->dtype, item->rows, item->cols);
+            parts[PART_WEIGHT].n_dims = item->is_vector ? 1 : 2;
+            return 1;
+        }
         parts[PART_WEIGHT] = (struct quantize_part){.dtype = t->dtype, .n_dims = t->n_dims, .bytes = t->bytes};
         memcpy(parts[PART_WEIGHT].shape, t->shape, sizeof t->shape);
         return 1;
@@ -41,15 +40,72 @@ size_t quantize_parts(const struct quantize_plan *plan, const struct quantize_it
 }
 
 const char *quantize_part_name(char name[static QUANTIZE_NAME_BYTES], const struct quantize_item *item, const struct quantize_part *part) {
-    if (!part->suffix) return item->in.name;
-    snprintf(name, QUANTIZE_NAME_BYTES, "%.*s%s", (int)quantize_module_length(item->in.name), item->in.name, part->suffix);
+    if (!part->suffix) return item->name;
+    snprintf(name, QUANTIZE_NAME_BYTES, "%.*s%s", (int)quantize_module_length(item->name), item->name, part->suffix);
     return name;
 }
 
 /* ---- one tensor ---- */
 
+struct quantize_item *quantize_plan_add(struct quantize_plan *plan, const moe4_tensor *in, size_t number) {
+    if (plan->n_items == plan->items_room) {
+        size_t room = plan->items_room ? 2 * plan->items_room : 1024;
+        struct quantize_item *items = room < SIZE_MAX / sizeof *items ? realloc(plan->items, room * sizeof *items) : NULL;
+        if (!items) {
+            lm_fail(plan->lm, MOE4_ERROR_MEMORY, "no memory for %zu tensors", room);
+            return NULL;
+        }
+        plan->items = items;
+        plan->items_room = room;
+    }
+    struct quantize_item *item = &plan->items[plan->n_items++];
+    *item = (struct quantize_item){.in = *in, .name = in->name, .number = number, .bytes_in = in->bytes};
+    return item;
+}
+
+static moe4_status add_tensor(struct quantize_plan *plan, const moe4_tensor *t, size_t number) {
+    struct lm *lm = plan->lm;
+    moe4_tensor scales;
+    bool is_fused;
+    LM_TRY(lm, quantize_refuse(plan, t));
+    LM_TRY(lm, quantize_add_fused(plan, t, number, &is_fused));
+    if (is_fused) return MOE4_OK;
+    struct quantize_item *item = quantize_plan_add(plan, t, number);
+    if (!item) return MOE4_ERROR_MEMORY;
+    LM_TRY(lm, quantize_form_of(plan, t, &item->form, &scales));
+    size_t width = t->n_dims == 2 ? t->shape[1] : 1;
+    if (t->n_dims == 2) {
+        item->rows = t->shape[0];
+        item->cols = item->form == QUANTIZE_MXFP4 ? 2 * width : width;
+    }
+    LM_TRY(lm, quantize_view_make(plan, &item->values, t, width));
+    return item->form == QUANTIZE_WIDE ? MOE4_OK : quantize_view_make(plan, &item->scales, &scales, scales.shape[1]);
+}
+
+/* A block-scaled matrix that is no linear layer of the model keeps its format if it is MXFP4, and becomes bf16 if it is FP8. */
+static bool is_widened(const struct quantize_item *item) {
+    return item->form == QUANTIZE_FP8 || (item->form == QUANTIZE_MXFP4 && item->is_linear);
+}
+
+static moe4_status decide(struct quantize_plan *plan, struct quantize_item *item, size_t n_layers) {
+    moe4_dtype dtype = item->in.dtype;
+    bool wide = dtype == MOE4_F32 || dtype == MOE4_BF16 || dtype == MOE4_F16, is_matrix = item->in.n_dims == 2 || item->own_name;
+    if (item->how == QUANTIZE_DROP) return MOE4_OK;
+    item->is_linear = is_matrix && !item->is_vector && quantize_is_linear(item->name, n_layers);
+    LM_CHECK(plan->lm, !item->is_linear || wide || item->form != QUANTIZE_WIDE, MOE4_ERROR_UNSUPPORTED,
+             "%s: %s; moe4 quantizes from BF16, F16, F32, block-scaled FP8 and MXFP4", item->name, moe4_dtype_name(dtype));
+    bool can = item->is_linear && item->rows && item->cols && item->cols % MOE4_BLOCK == 0;
+    if (can && !quantize_matches(item->name, plan->options->exclude, plan->options->n_exclude))
+        item->how = QUANTIZE_NVFP4;
+    else
+        item->how = is_widened(item) ? QUANTIZE_BF16 : QUANTIZE_COPY;
+    return MOE4_OK;
+}
+
+/* ---- all of them ---- */
+
 static int by_item_name(const void *a, const void *b) {
-    return strcmp((*(struct quantize_item *const *)a)->in.name, (*(struct quantize_item *const *)b)->in.name);
+    return strcmp((*(struct quantize_item *const *)a)->name, (*(struct quantize_item *const *)b)->name);
 }
 
 /* The item of a name, by bisection over by_name; NULL when there is none. */
@@ -57,104 +113,58 @@ static struct quantize_item *find_item(const struct quantize_plan *plan, struct 
     size_t low = 0, high = plan->n_items;
     while (low < high) {
         size_t mid = low + (high - low) / 2;
-        if (strcmp(by_name[mid]->in.name, name) < 0)
+        if (strcmp(by_name[mid]->name, name) < 0)
             low = mid + 1;
         else
             high = mid;
     }
-    return low < plan->n_items && strcmp(by_name[low]->in.name, name) == 0 ? by_name[low] : NULL;
+    return low < plan->n_items && strcmp(by_name[low]->name, name) == 0 ? by_name[low] : NULL;
 }
 
-/* A matrix stored as FP8 with an fp32 factor for each 128x128 block, as DeepSeek ships: checks the factors and takes them out. */
-static moe4_status pair_fp8(struct quantize_plan *plan, struct quantize_item *item, struct quantize_item *const *by_name) {
-    struct lm *lm = plan->lm;
-    const moe4_tensor *t = &item->in;
+/* MXFP4's global scale is a power of two and shared with MXFP4 alone. */
+static void find_partner(struct quantize_plan *plan, struct quantize_item *item, struct quantize_item *const *by_name) {
     char name[QUANTIZE_NAME_BYTES];
-    snprintf(name, sizeof name, "%s_scale_inv", t->name);
-    struct quantize_item *scale = find_item(plan, by_name, name);
-    LM_CHECK(lm, scale, MOE4_ERROR_UNSUPPORTED,
-             "%s: F8_E4M3 without weight_scale_inv; moe4 quantizes from BF16, F16, F32 and "
-             "block-scaled FP8",
-             t->name);
-    const moe4_tensor *s = &scale->in;
-    size_t rows = (t->shape[0] + FP8_BLOCK - 1) / FP8_BLOCK, cols = (t->shape[1] + FP8_BLOCK - 1) / FP8_BLOCK;
-    LM_CHECK(lm, s->dtype == MOE4_F32, MOE4_ERROR_UNSUPPORTED, "%s: %s, need F32", name, moe4_dtype_name(s->dtype));
-    LM_CHECK(lm, s->n_dims == 2 && s->shape[0] == rows && s->shape[1] == cols, MOE4_ERROR_FORMAT,
-             "%s: %zux%zu in %zu dimensions, need %zux%zu for blocks of %dx%d", name, s->n_dims ? s->shape[0] : 0,
-             s->n_dims > 1 ? s->shape[1] : 0, s->n_dims, rows, cols, FP8_BLOCK, FP8_BLOCK);
-    item->fp8_scale = *s;
-    scale->how = QUANTIZE_DROP;
-    return MOE4_OK;
-}
-
-/* Companions of formats that are quantized already, or that moe4 does not read. */
-static moe4_status refuse_quantized(struct lm *lm, const moe4_tensor *t) {
-    static const struct {
-        const char *suffix, *format;
-    } known[] = {{".weight_scale_2", "ModelOpt NVFP4 already"},
-                 {".weight_packed", "compressed-tensors already"},
-                 {".qweight", "GPTQ or AWQ already"},
-                 {"_blocks", "MXFP4, which moe4 does not recast yet"}};
-    size_t n = strlen(t->name);
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        size_t k = strlen(known[i].suffix);
-        LM_CHECK(lm, n <= k || strcmp(t->name + n - k, known[i].suffix) != 0, MOE4_ERROR_UNSUPPORTED, "%s: %s", t->name, known[i].format);
-    }
-    LM_CHECK(lm, !(t->n_dims == 3 && quantize_is_fused_experts(t->name)), MOE4_ERROR_UNSUPPORTED,
-             "%s: all experts in one 3-D tensor, which moe4 does not quantize yet", t->name);
-    return MOE4_OK;
-}
-
-static moe4_status decide(struct quantize_plan *plan, struct quantize_item *item, size_t n_layers, struct quantize_item *const *by_name) {
-    struct lm *lm = plan->lm;
-    const moe4_tensor *t = &item->in;
-    LM_TRY(lm, refuse_quantized(lm, t));
-    if (item->how == QUANTIZE_DROP) return MOE4_OK; /* an FP8 matrix before it took it */
-    bool fp8 = t->dtype == MOE4_F8_E4M3 && t->n_dims == 2 && quantize_module_length(t->name);
-    item->is_linear = t->n_dims == 2 && quantize_is_linear(t->name, n_layers);
-    if (t->n_dims == 2) {
-        item->rows = t->shape[0];
-        item->cols = t->shape[1];
-    }
-    if (fp8) LM_TRY(lm, pair_fp8(plan, item, by_name));
-    LM_CHECK(lm, !item->is_linear || fp8 || is_wide(t->dtype), MOE4_ERROR_UNSUPPORTED,
-             "%s: %s; moe4 quantizes from BF16, F16, F32 and block-scaled FP8", t->name, moe4_dtype_name(t->dtype));
-    bool can = item->is_linear && item->rows && item->cols && item->cols % MOE4_BLOCK == 0;
-    if (can && !quantize_matches(t->name, plan->options->exclude, plan->options->n_exclude))
-        item->how = QUANTIZE_NVFP4;
-    else
-        item->how = fp8 ? QUANTIZE_BF16 : QUANTIZE_COPY;
-    return MOE4_OK;
-}
-
-/* ---- all of them ---- */
-
-static void find_partner(struct quantize_plan *plan, size_t i, struct quantize_item *const *by_name) {
-    struct quantize_item *item = &plan->items[i];
-    char name[QUANTIZE_NAME_BYTES];
-    if (item->how != QUANTIZE_NVFP4 || !quantize_partner_name(name, item->in.name)) return;
+    if (item->how != QUANTIZE_NVFP4 || !quantize_partner_name(name, item->name)) return;
     struct quantize_item *found = find_item(plan, by_name, name);
-    if (found && found->how == QUANTIZE_NVFP4) item->partner = found;
+    if (found && found->how == QUANTIZE_NVFP4 && (found->form == QUANTIZE_MXFP4) == (item->form == QUANTIZE_MXFP4)) item->partner = found;
 }
 
-static moe4_status decide_all(struct quantize_plan *plan, struct quantize_item **by_name) {
+/* Scales go with their matrix, unless that is copied. And no name may come twice: an expert's share could be called as a tensor is. */
+static moe4_status drop_scales(struct quantize_plan *plan, struct quantize_item *const *by_name) {
+    for (size_t i = 0; i < plan->n_items; i++) {
+        struct quantize_item *item = by_name[i];
+        char name[QUANTIZE_NAME_BYTES];
+        LM_CHECK(plan->lm, i == 0 || strcmp(by_name[i - 1]->name, item->name) != 0, MOE4_ERROR_FORMAT,
+                 "%s: there, and in the tensor of all experts too", item->name);
+        if (item->own_name || !quantize_is_scales(plan, &item->in)) continue;
+        bool inverse = quantize_ends_with(item->name, "_scale_inv");
+        int n = (int)(strlen(item->name) - strlen(inverse ? "_scale_inv" : ".scale"));
+        snprintf(name, sizeof name, "%.*s%s", n, item->name, inverse ? "" : ".weight");
+        const struct quantize_item *main = find_item(plan, by_name, name);
+        if (main && main->form != QUANTIZE_WIDE && main->how != QUANTIZE_COPY) item->how = QUANTIZE_DROP;
+    }
+    return MOE4_OK;
+}
+
+static moe4_status decide_all(struct quantize_plan *plan) {
     struct lm *lm = plan->lm;
     moe4_model_info info = MOE4_MODEL_INFO_INIT;
     size_t n_layers = moe4_checkpoint_info(plan->ckpt, &info) == MOE4_OK ? info.n_layers : SIZE_MAX; /* unknown families go by names */
-    for (size_t i = 0; i < plan->n_items; i++) {
-        LM_TRY(lm, moe4_checkpoint_tensor(plan->ckpt, &plan->items[i].in, i));
-        by_name[i] = &plan->items[i];
-    }
-    qsort(by_name, plan->n_items, sizeof *by_name, by_item_name);
-    for (size_t i = 0; i < plan->n_items; i++) LM_TRY(lm, decide(plan, &plan->items[i], n_layers, by_name));
     size_t n_quantized = 0;
     for (size_t i = 0; i < plan->n_items; i++) {
-        find_partner(plan, i, by_name);
-        plan->bytes_in += plan->items[i].in.bytes;
+        LM_TRY(lm, decide(plan, &plan->items[i], n_layers));
+        plan->bytes_in += plan->items[i].bytes_in;
         n_quantized += plan->items[i].how == QUANTIZE_NVFP4;
     }
     LM_CHECK(lm, n_quantized, MOE4_ERROR_FORMAT, "no linear layer to quantize among %zu tensors", plan->n_items);
-    return MOE4_OK;
+    struct quantize_item **by_name = lm_calloc(lm, plan->n_items, sizeof *by_name, "plan");
+    if (!by_name) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < plan->n_items; i++) by_name[i] = &plan->items[i];
+    qsort(by_name, plan->n_items, sizeof *by_name, by_item_name);
+    moe4_status status = drop_scales(plan, by_name);
+    for (size_t i = 0; i < plan->n_items; i++) find_partner(plan, &plan->items[i], by_name);
+    free(by_name);
+    return status;
 }
 
 moe4_status quantize_plan_make(struct quantize_plan *plan, struct lm *lm, const char *in, const struct quantize_options *options) {
@@ -162,17 +172,21 @@ moe4_status quantize_plan_make(struct quantize_plan *plan, struct lm *lm, const 
     LM_TRY(lm, moe4_checkpoint_open(&plan->ckpt, lm->ctx, in));
     LM_CHECK(lm, *moe4_checkpoint_config(plan->ckpt, NULL), MOE4_ERROR_NOT_FOUND, "%s: no config.json", in);
     for (int i = 0; i < 256; i++) plan->e4m3[i] = moe4_e4m3_to_float((uint8_t)i);
-    plan->n_items = moe4_checkpoint_n_tensors(plan->ckpt);
-    plan->items = lm_calloc(lm, plan->n_items, sizeof *plan->items, "plan");
-    struct quantize_item **by_name = plan->items ? lm_calloc(lm, plan->n_items, sizeof *by_name, "plan") : NULL;
-    moe4_status status = by_name ? decide_all(plan, by_name) : MOE4_ERROR_MEMORY;
-    free(by_name);
-    return status == MOE4_OK ? quantize_plan_shards(plan) : status;
+    LM_TRY(lm, quantize_files_open(plan, in));
+    for (size_t i = 0; i < moe4_checkpoint_n_tensors(plan->ckpt); i++) {
+        moe4_tensor t;
+        LM_TRY(lm, moe4_checkpoint_tensor(plan->ckpt, &t, i));
+        LM_TRY(lm, add_tensor(plan, &t, i));
+    }
+    LM_TRY(lm, decide_all(plan));
+    return quantize_plan_shards(plan);
 }
 
 void quantize_plan_free(struct quantize_plan *plan) {
     for (size_t i = 0; plan->shards && i < plan->n_shards; i++) free(plan->shards[i].header);
     free(plan->shards);
+    for (size_t i = 0; i < plan->n_items; i++) free(plan->items[i].own_name);
     free(plan->items);
+    quantize_files_close(plan);
     moe4_checkpoint_close(plan->ckpt);
 }

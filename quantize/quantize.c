@@ -1,6 +1,7 @@
 /* quantize_run is the index: plan, take the folder, calibrate, stream the shards, and only then what makes them a model. */
 #include "quantize/quantize.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,24 +25,46 @@ static moe4_status write_text(const struct quantize_folder *folder, const char *
     return text ? quantize_folder_text(folder, name, text, strlen(text)) : MOE4_OK;
 }
 
-static void count(const struct quantize_plan *plan, struct quantize_report *report) {
+static moe4_status add_inexact(const struct quantize_plan *plan, struct quantize_report *report, const struct quantize_item *item) {
+    const struct quantize_recast_loss *loss = &item->loss;
+    struct quantize_inexact *list = realloc(report->inexact, (report->n_inexact + 1) * sizeof *list);
+    LM_CHECK(plan->lm, list, MOE4_ERROR_MEMORY, "no memory for the report");
+    report->inexact = list;
+    char *name = strndup(item->name, quantize_module_length(item->name));
+    LM_CHECK(plan->lm, name, MOE4_ERROR_MEMORY, "no memory for the report");
+    list[report->n_inexact++] = (struct quantize_inexact){name, loss->n_inexact, loss->n_blocks, sqrt(loss->error_sq / loss->norm_sq)};
+    return MOE4_OK;
+}
+
+static moe4_status count(const struct quantize_plan *plan, struct quantize_report *report) {
     for (size_t i = 0; i < plan->n_items; i++) {
         const struct quantize_item *item = &plan->items[i];
+        report->n_recast += item->how == QUANTIZE_NVFP4 && item->form == QUANTIZE_MXFP4;
+        if (item->loss.n_inexact) LM_TRY(plan->lm, add_inexact(plan, report, item));
         report->n_quantized += item->how == QUANTIZE_NVFP4;
         report->n_left += item->how != QUANTIZE_NVFP4 && item->is_linear;
         report->n_copied += item->how != QUANTIZE_NVFP4 && item->how != QUANTIZE_DROP && !item->is_linear;
     }
     report->n_shards = plan->n_shards;
+    return MOE4_OK;
+}
+
+void quantize_report_free(struct quantize_report *report) {
+    for (size_t i = 0; i < report->n_inexact; i++) free(report->inexact[i].name);
+    free(report->inexact);
+    report->inexact = NULL;
+    report->n_inexact = 0;
 }
 
 /* A folder without a journal is ours only when it is, file by file, what this task ends with. */
-static moe4_status check_finished(const struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t,
+static moe4_status check_finished(struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t,
                                   struct quantize_report *report) {
     size_t n = strlen(t->config);
     bool same = quantize_folder_has(folder, config_name, t->config, n, n);
     for (size_t s = 0; same && s < plan->n_shards; s++) same = quantize_shard_is_there(&plan->shards[s], folder);
     LM_CHECK(plan->lm, same, MOE4_ERROR_ARGUMENT, "%s: not empty, and not unfinished work of moe4 quantize", folder->path);
-    report->n_shards_kept = plan->n_shards;
+    uint64_t done = 0;
+    for (size_t s = 0; s < plan->n_shards; s++) LM_TRY(plan->lm, quantize_shard_look(plan, &plan->shards[s], report, &done));
     return MOE4_OK;
 }
 
@@ -82,7 +105,7 @@ moe4_status quantize_run(struct lm *lm, struct quantize_report *report, const ch
     if (status == MOE4_OK) status = quantize_describe_task(&plan, in, &task);
     if (status == MOE4_OK) status = quantize_folder_open(&folder, lm, out, task, options->resume);
     if (status == MOE4_OK) status = make(&plan, &folder, &texts, in, report);
-    if (status == MOE4_OK) count(&plan, report);
+    if (status == MOE4_OK) status = count(&plan, report);
     quantize_folder_close(&folder);
     quantize_plan_free(&plan);
     json_decref(task);

@@ -21,6 +21,13 @@ struct quantize_options {
     void *progress_user;
 };
 
+/* A matrix of MXFP4 that could not be recast without loss: some blocks are too small for its scales. */
+struct quantize_inexact {
+    char *name;                   /* of the module */
+    uint64_t n_inexact, n_blocks; /* of 32 */
+    double relative_error;        /* |a - b| / |a| of the whole matrix */
+};
+
 struct quantize_report {
     size_t n_quantized;             /* matrices */
     size_t n_left;                  /* linear layers that stay as they are: excluded, or K no multiple of 16 */
@@ -29,6 +36,9 @@ struct quantize_report {
     size_t n_tokens;                /* of calibration */
     size_t n_inputs;                /* experts' inputs with a scale, and how many of them no token reached */
     size_t n_unreached;
+    size_t n_recast;                  /* matrices from MXFP4 */
+    struct quantize_inexact *inexact; /* those that lost something, in the order of the checkpoint */
+    size_t n_inexact;
     uint64_t bytes_read, bytes_written;
     double seconds; /* of reading, quantizing and writing tensors */
 };
@@ -38,5 +48,8 @@ struct quantize_report {
  * not read), IO (a full disk: the file), ARGUMENT (OUT holds something else). After an error OUT can be resumed. */
 moe4_status quantize_run(struct lm *lm, struct quantize_report *report, const char *in, const char *out,
                          const struct quantize_options *options);
+
+/* After success and failure alike. */
+void quantize_report_free(struct quantize_report *report);
 
 #endif
