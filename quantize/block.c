@@ -29,6 +29,14 @@ static moe4_status scale_fp8(const struct quantize_plan *plan, const struct quan
     return status;
 }
 
+/* As moe4_bf16_to_float, without a call for each. */
+static void widen_bf16(float *x, const uint16_t *bits, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t wide = (uint32_t)bits[i] << 16;
+        memcpy(&x[i], &wide, sizeof wide);
+    }
+}
+
 /* x[n, cols] = the piece in fp32. */
 static moe4_status to_floats(const struct quantize_plan *plan, const struct quantize_piece *piece, float *x, char *why) {
     const struct quantize_item *item = piece->item;
@@ -42,7 +50,7 @@ static moe4_status to_floats(const struct quantize_plan *plan, const struct quan
     if (status == MOE4_OK && item->form == QUANTIZE_FP8)
         status = scale_fp8(plan, piece, x, (const uint8_t *)stored, why);
     else if (status == MOE4_OK && dtype == MOE4_BF16)
-        for (size_t i = 0; i < n; i++) x[i] = moe4_bf16_to_float(((const uint16_t *)(const void *)stored)[i]);
+        widen_bf16(x, (const uint16_t *)(const void *)stored, n);
     else if (status == MOE4_OK)
         for (size_t i = 0; i < n; i++) x[i] = moe4_f16_to_float(((const uint16_t *)(const void *)stored)[i]);
     free(stored);
@@ -83,7 +91,7 @@ moe4_status quantize_piece_encode(const struct quantize_plan *plan, const struct
     moe4_status status = load(plan, piece, &x, &dtype, o->search, why);
     moe4_quantize_options options = MOE4_QUANTIZE_OPTIONS_INIT;
     options.recipe = o->recipe;
-    options.four_over_six = o->four_over_six;
+    options.four_over_six = o->four_over_six && !o->search; /* the search tries both, and more, under the same global scale */
     options.global = &global;
     if (status == MOE4_OK) status = moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x, dtype, piece->n, cols, 0, &options);
     if (status == MOE4_OK && o->search)

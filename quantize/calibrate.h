@@ -2,7 +2,13 @@
 #ifndef QUANTIZE_CALIBRATE_H
 #define QUANTIZE_CALIBRATE_H
 
+#include "quantize/folder.h"
 #include "quantize/plan.h"
+
+/* What quantize_calibrate sets, from the folder when an earlier run left it there; otherwise it is left there now. The items point into
+ * *record_ret, the caller's to free, also after an error (record.c). */
+moe4_status quantize_calibrated(void **record_ret, struct quantize_plan *plan, const struct quantize_folder *folder,
+                                struct quantize_report *report, const char *in);
 
 struct quantize_calibration; /* keeps the channel weights that items point to */
 

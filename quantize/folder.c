@@ -8,11 +8,17 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #define TEMPORARY ".moe4-quantize.tmp" /* one file is written at a time */
 
+/* Of a disk that is full the sentence says how much is free. */
 static moe4_status fail(const struct quantize_folder *f, const char *name, const char *what, int error) {
+    struct statvfs disk;
+    if (error == ENOSPC && fstatvfs(f->fd, &disk) == 0)
+        return lm_fail(f->lm, MOE4_ERROR_IO, "%s/%s: %s%s: %llu bytes are free", f->path, name, what, strerror(error),
+                       (unsigned long long)disk.f_bavail * disk.f_frsize);
     return lm_fail(f->lm, error == ENOMEM ? MOE4_ERROR_MEMORY : MOE4_ERROR_IO, "%s%s%s: %s%s", f->path, *name ? "/" : "", name, what,
                    strerror(error));
 }
@@ -27,7 +33,7 @@ moe4_status quantize_file_create(struct quantize_file *file, const struct quanti
         int error = errno;
         char what[64];
         snprintf(what, sizeof what, "%llu bytes: ", (unsigned long long)bytes);
-        quantize_file_drop(file);
+        quantize_file_drop(file); /* what fallocate had taken before it gave up counts as free again */
         return fail(folder, name, what, error);
     }
     return MOE4_OK;
@@ -47,7 +53,11 @@ bool quantize_write_at(int fd, const void *data, size_t bytes, uint64_t offset) 
 }
 
 moe4_status quantize_file_write(struct quantize_file *file, const void *data, size_t bytes, uint64_t offset) {
-    return quantize_write_at(file->fd, data, bytes, offset) ? MOE4_OK : fail(file->folder, file->name, "", errno);
+    if (quantize_write_at(file->fd, data, bytes, offset)) return MOE4_OK;
+    int error = errno;
+    char what[80];
+    snprintf(what, sizeof what, "%zu bytes at %llu: ", bytes, (unsigned long long)offset);
+    return fail(file->folder, file->name, what, error);
 }
 
 moe4_status quantize_file_keep(struct quantize_file *file) {
@@ -85,6 +95,31 @@ bool quantize_folder_has(const struct quantize_folder *folder, const char *name,
     free(text);
     if (fd >= 0) close(fd);
     return same;
+}
+
+moe4_status quantize_folder_read(const struct quantize_folder *folder, const char *name, void **data_ret, size_t bytes) {
+    int fd = openat(folder->fd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat st;
+    *data_ret = NULL;
+    if (fd < 0 && errno == ENOENT) return MOE4_OK;
+    if (fd < 0) return fail(folder, name, "", errno);
+    bool fits = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (uint64_t)st.st_size == bytes;
+    void *data = fits ? malloc(bytes) : NULL;
+    moe4_status status = !fits || data ? MOE4_OK : fail(folder, name, "", ENOMEM);
+    for (size_t at = 0; data && at < bytes;) {
+        ssize_t n = pread(fd, (char *)data + at, bytes - at, (off_t)at);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            status = fail(folder, name, "", n ? errno : EIO);
+            free(data);
+            data = NULL;
+        } else {
+            at += (size_t)n;
+        }
+    }
+    close(fd);
+    *data_ret = data;
+    return status;
 }
 
 /* ---- the folder ---- */
@@ -164,7 +199,8 @@ moe4_status quantize_folder_open(struct quantize_folder *folder, struct lm *lm, 
 }
 
 moe4_status quantize_folder_finish(struct quantize_folder *folder) {
-    bool fine = syncfs(folder->fd) == 0 && unlinkat(folder->fd, QUANTIZE_JOURNAL, 0) == 0 && fsync(folder->fd) == 0;
+    bool fine = syncfs(folder->fd) == 0 && (unlinkat(folder->fd, QUANTIZE_CALIBRATION, 0) == 0 || errno == ENOENT) &&
+                unlinkat(folder->fd, QUANTIZE_JOURNAL, 0) == 0 && fsync(folder->fd) == 0;
     return fine ? MOE4_OK : fail(folder, QUANTIZE_JOURNAL, "", errno);
 }
 

@@ -22,6 +22,8 @@ struct quantize_file {
 
 /* The journal: what is being made, there while the folder is unfinished. */
 #define QUANTIZE_JOURNAL "moe4-quantize.json"
+/* What calibration found, likewise. */
+#define QUANTIZE_CALIBRATION ".moe4-calibration"
 
 /* Makes or takes over the folder and writes `task` as its journal; with `resume` an unfinished folder of an equal task, or a folder
  * without a journal (folder->finished: the caller must see whether it is what it would have made). Errors: ARGUMENT (something else is in
@@ -43,6 +45,8 @@ bool quantize_write_at(int fd, const void *data, size_t bytes, uint64_t offset);
 moe4_status quantize_folder_text(const struct quantize_folder *folder, const char *name, const char *text, size_t bytes);
 /* True when `name` is a file of just these bytes at its beginning and this size. */
 bool quantize_folder_has(const struct quantize_folder *folder, const char *name, const void *begin, size_t n_begin, uint64_t bytes);
+/* The bytes of a file, the caller's to free; *data_ret is NULL when it is not there or is not of this size. */
+moe4_status quantize_folder_read(const struct quantize_folder *folder, const char *name, void **data_ret, size_t bytes);
 /* Copies what `in` holds beside the checkpoint itself: tokenizer, licence, subfolders. */
 moe4_status quantize_folder_copy(const struct quantize_folder *folder, const char *in);
 

@@ -83,12 +83,12 @@ static moe4_status write_model(struct quantize_plan *plan, const struct quantize
 
 static moe4_status make(struct quantize_plan *plan, struct quantize_folder *folder, const struct texts *t, const char *in,
                         struct quantize_report *report) {
-    struct quantize_calibration *calibration = NULL;
+    void *calibration = NULL;
     if (folder->finished) return check_finished(plan, folder, t, report);
-    moe4_status status = plan->options->calibrate ? quantize_calibrate(&calibration, plan, report, in) : MOE4_OK;
+    moe4_status status = plan->options->calibrate ? quantize_calibrated(&calibration, plan, folder, report, in) : MOE4_OK;
     if (status == MOE4_OK) status = write_model(plan, folder, t, in, report);
     if (status == MOE4_OK) status = quantize_folder_finish(folder);
-    quantize_calibration_free(calibration);
+    free(calibration);
     return status;
 }
 

@@ -11,17 +11,18 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Bytes tried below and above the one that maps the largest value to 6; E4M3 has eight to an octave. The last lane is the plain byte. */
-enum { BELOW = 3, ABOVE = 9, N_LANES = 16, PLAIN = N_LANES - 1, MAX_BYTE = 0x7e };
+/* Half a block at once. */
+enum { HALF = MOE4_BLOCK / 2 };
+typedef float floats __attribute__((vector_size(4 * HALF)));
+typedef int32_t ints __attribute__((vector_size(4 * HALF)));
 
+/* Bytes that are tried: from BELOW under the one that maps the largest value to 6 to 12 above it. E4M3 has eight to an octave. */
+enum { BELOW = 3, N_LANES = 16, MAX_BYTE = 0x7e, TABLE = MAX_BYTE + N_LANES };
+
+/* By byte; past the largest all is as it is for the largest. */
 struct table {
-    float scale[MAX_BYTE + 1], inverse[MAX_BYTE + 1]; /* of the decoded value */
-    float sf8_sq[MAX_BYTE + 1];
-};
-
-struct lanes {
-    uint8_t byte[N_LANES];
-    float inverse[N_LANES], sf8_sq[N_LANES], error[N_LANES];
+    float inverse[TABLE], scale[TABLE]; /* of the decoded value */
+    float sf8_sq[TABLE];
 };
 
 /* The nearest of E2M1's magnitudes: a step of 0.5 below 2, of 1 below 4, of 2 above. Adding and taking away 1.5 * 2^23 steps rounds. */
@@ -33,58 +34,83 @@ INLINE float nearest(float v) {
 
 /* error[lane] = sum of weighted squared errors of the magnitudes a[16] under each scale, in units of the global scale squared. Pairs k and
  * k + 8 first, then a fixed tree. */
-INLINE void lane_errors(struct lanes *l, const float a[MOE4_BLOCK], const float weight[MOE4_BLOCK]) {
+INLINE void lane_errors(float error[N_LANES], const float inverse[N_LANES], const float a[MOE4_BLOCK], const float weight[MOE4_BLOCK]) {
     float sum[MOE4_BLOCK][N_LANES];
     for (int k = 0; k < MOE4_BLOCK; k++)
         for (int lane = 0; lane < N_LANES; lane++) {
-            float v = a[k] * l->inverse[lane], d = v - nearest(v);
+            float v = a[k] * inverse[lane], d = v - nearest(v);
             sum[k][lane] = d * d * weight[k];
         }
     for (int n = MOE4_BLOCK / 2; n; n /= 2)
         for (int k = 0; k < n; k++)
             for (int lane = 0; lane < N_LANES; lane++) sum[k][lane] += sum[k + n][lane];
-    for (int lane = 0; lane < N_LANES; lane++) l->error[lane] = sum[0][lane] * l->sf8_sq[lane];
+    memcpy(error, sum[0], sizeof sum[0]);
+}
+
+/* The lane of the least error * unit, or the lane `plain` when that is as good. Errors are not negative, so their bits order as they do,
+ * and the last four hold the lane: what is within 2^-19 counts as equal. */
+INLINE int least_lane(const float error[N_LANES], const float unit[N_LANES], int plain) {
+    int32_t key[N_LANES], least[N_LANES];
+    for (int lane = 0; lane < N_LANES; lane += HALF) {
+        floats e, u;
+        memcpy(&e, error + lane, sizeof e);
+        memcpy(&u, unit + lane, sizeof u);
+        e *= u;
+        ints k = ((ints)e & ~15) | ((ints){0, 1, 2, 3, 4, 5, 6, 7} + lane);
+        memcpy(key + lane, &k, sizeof k);
+    }
+    for (int lane = 0; lane < HALF; lane++) least[lane] = key[lane + HALF] < key[lane] ? key[lane + HALF] : key[lane];
+    for (int n = HALF / 2; n; n /= 2)
+        for (int lane = 0; lane < n; lane++) least[lane] = least[lane + n] < least[lane] ? least[lane + n] : least[lane];
+    if (plain >= 0 && plain < N_LANES && (key[plain] ^ least[0]) < 16) return plain;
+    return least[0] & 15;
+}
+
+/* About the nearest E4M3 byte of q >= 0: where the search begins. */
+INLINE int byte_near(float q) {
+    uint32_t bits;
+    memcpy(&bits, &q, sizeof bits);
+    int byte = q < 0x1p-6f ? (int)(q * 512 + 0.5f) : (int)((bits + (1 << 19)) >> 20) - (120 << 3);
+    return byte < MAX_BYTE ? byte : MAX_BYTE;
 }
 
 INLINE uint8_t best_byte(const struct table *t, const float a[MOE4_BLOCK], const float weight[MOE4_BLOCK], uint8_t plain, float amax) {
-    uint8_t centre = moe4_e4m3_from_float(amax / 6.f * t->inverse[0x38]); /* byte 0x38 is 1 */
-    int low = centre > BELOW + 1 ? centre - BELOW : 1, high = centre + ABOVE < MAX_BYTE ? centre + ABOVE : MAX_BYTE;
-    struct lanes l;
-    for (int lane = 0; lane < N_LANES; lane++) {
-        l.byte[lane] = lane == PLAIN ? plain : (uint8_t)(low + lane < high ? low + lane : high);
-        l.inverse[lane] = t->inverse[l.byte[lane]];
-        l.sf8_sq[lane] = t->sf8_sq[l.byte[lane]];
-    }
-    lane_errors(&l, a, weight);
-    uint8_t best = plain;
-    float least = l.error[PLAIN];
-    for (int lane = 0; lane < PLAIN; lane++)
-        if (l.error[lane] < least) {
-            least = l.error[lane];
-            best = l.byte[lane];
-        }
-    return best;
+    int centre = byte_near(amax / 6.f * t->inverse[0x38]), low = centre > BELOW + 1 ? centre - BELOW : 1; /* byte 0x38 is 1 */
+    float error[N_LANES];
+    lane_errors(error, t->inverse + low, a, weight);
+    int best = low + least_lane(error, t->sf8_sq + low, plain - low);
+    return (uint8_t)(best < MAX_BYTE ? best : MAX_BYTE);
 }
 
-/* The codes of sixteen elements: to nearest, ties to the even code. */
+/* The codes of sixteen elements: to nearest, ties to the even code. A comparison that holds is -1. */
 INLINE void encode(uint8_t codes[MOE4_BLOCK / 2], const float x[MOE4_BLOCK], float scale) {
-    uint8_t code[MOE4_BLOCK];
-    for (int k = 0; k < MOE4_BLOCK; k++) {
-        float v = fabsf(x[k] / scale);
-        int c = (v > 0.25f) + (v >= 0.75f) + (v > 1.25f) + (v >= 1.75f) + (v > 2.5f) + (v >= 3.5f) + (v > 5.f);
-        code[k] = (uint8_t)(c | (x[k] < 0 ? 8 : 0));
+    for (int half = 0; half < 2; half++) {
+        floats v;
+        memcpy(&v, x + HALF * half, sizeof v);
+        ints negative = v < 0;
+        v = (floats)((ints)(v / scale) & INT32_MAX);
+        ints code = -((v > 0.25f) + (v >= 0.75f) + (v > 1.25f) + (v >= 1.75f) + (v > 2.5f) + (v >= 3.5f) + (v > 5.f)) | (negative & 8);
+        code <<= (ints){0, 4, 8, 12, 16, 20, 24, 28};
+        int32_t all = code[0] | code[1] | code[2] | code[3] | code[4] | code[5] | code[6] | code[7];
+        for (int i = 0; i < 4; i++) codes[4 * half + i] = (uint8_t)((uint32_t)all >> 8 * i);
     }
-    for (int k = 0; k < MOE4_BLOCK; k += 2) codes[k / 2] = (uint8_t)(code[k] | code[k + 1] << 4);
+}
+
+INLINE float largest(const float a[MOE4_BLOCK]) {
+    uint32_t bits[MOE4_BLOCK], most = 0; /* of numbers that are not negative, which they order */
+    float amax;
+    memcpy(bits, a, sizeof bits);
+    for (int k = 0; k < MOE4_BLOCK; k++) most = bits[k] > most ? bits[k] : most;
+    memcpy(&amax, &most, sizeof amax);
+    return amax;
 }
 
 INLINE void search(uint8_t *codes, uint8_t *scales, const float *x, size_t rows, size_t cols, const struct table *t, const float *weight) {
     static const float ones[MOE4_BLOCK] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     for (size_t i = 0; i < rows * cols; i += MOE4_BLOCK) {
-        float a[MOE4_BLOCK], amax = 0;
-        for (int k = 0; k < MOE4_BLOCK; k++) {
-            a[k] = fabsf(x[i + k]);
-            amax = a[k] > amax ? a[k] : amax;
-        }
+        float a[MOE4_BLOCK];
+        for (int k = 0; k < MOE4_BLOCK; k++) a[k] = fabsf(x[i + k]);
+        float amax = largest(a);
         uint8_t *scale = &scales[i / MOE4_BLOCK];
         uint8_t best = amax > 0 ? best_byte(t, a, weight ? weight + i % cols : ones, *scale, amax) : *scale;
         if (best == *scale) continue;
@@ -108,8 +134,8 @@ __attribute__((target("avx2"))) static void search_avx2(uint8_t *codes, uint8_t 
 void quantize_search(uint8_t *codes, uint8_t *scales, const float *x, size_t rows, size_t cols, float global, bool divides,
                      const float *weight, uint32_t isa) {
     struct table t;
-    for (int byte = 0; byte <= MAX_BYTE; byte++) {
-        float sf8 = moe4_e4m3_to_float((uint8_t)byte);
+    for (int byte = 0; byte < TABLE; byte++) {
+        float sf8 = moe4_e4m3_to_float((uint8_t)(byte < MAX_BYTE ? byte : MAX_BYTE));
         t.scale[byte] = divides ? sf8 / global : sf8 * global;
         t.inverse[byte] = t.scale[byte] > 0 ? 1.f / t.scale[byte] : 0.f;
         t.sf8_sq[byte] = sf8 * sf8;

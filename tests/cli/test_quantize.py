@@ -6,6 +6,7 @@ import pathlib
 import random
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import time
@@ -17,7 +18,7 @@ from cli_case import BAD_DATA, BAD_USAGE, MODEL, PROGRAM, ROOT, CliCase
 EXPERTS = ROOT / "tests" / "vectors" / "bf16-experts.safetensors"  # four of layer 2's, as the bundled model had them before
 TINY = ROOT / "tests" / "vectors" / "hf-qwen3-moe"
 TINY_IDS = f"{TINY}-logits.safetensors"
-JOURNAL = "moe4-quantize.json"
+JOURNAL, CALIBRATION = "moe4-quantize.json", ".moe4-calibration"
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 E4M3 = [(b & 7) * 2.0**-9 if b < 8 else (8 + (b & 7)) * 2.0 ** ((b >> 3) - 10) for b in range(127)]
 
@@ -85,10 +86,12 @@ class Quantize(CliCase):
             for proj in ("gate_proj", "up_proj"):
                 self.assertEqual(number(out[f"{module}{proj}.weight_scale_2"]), max(gate, up))
 
-    def test_threads_do_not_matter(self):
+    def test_threads_and_instructions_do_not_matter(self):
         model = self.experts()
-        first = contents(self.quantize(model, "one", "--threads", 1, "--search"))
+        first = contents(self.quantize(model, "one", "--threads", 1, "--search", "--isa", "scalar"))
         self.assertEqual(contents(self.quantize(model, "three", "--threads", 3, "--search")), first)
+        for isa in ("avx2", "avx512vnni"):  # or what this CPU has of it
+            self.assertEqual(contents(self.quantize(model, isa, "--search", "--isa", isa)), first, isa)
 
     def test_better_than_plain_at_the_same_size(self):
         model = self.experts()
@@ -304,6 +307,12 @@ class Quantize(CliCase):
         raw = (model.folder / "model.safetensors").read_bytes()
         (model.folder / "model.safetensors").write_bytes(raw[:-7])
         self.error("quantize", model.folder, self.folder / "out", status=BAD_DATA, says="model.safetensors")
+        (model.folder / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": {k: "model-00001-of-00001.safetensors" for k in model.tensors}}
+        (model.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        self.error("quantize", model.folder, self.folder / "out", status=BAD_DATA, says="model-00001-of-00001.safetensors")
+        (model.folder / "model-00001-of-00001.safetensors").mkdir()
+        self.error("quantize", model.folder, self.folder / "out", status=BAD_DATA, says="model-00001-of-00001.safetensors")
         self.assertFalse((self.folder / "out").exists())
 
     def test_folders_that_are_not_ours(self):
@@ -327,6 +336,83 @@ class Quantize(CliCase):
         tensors.write(model.folder / "model.safetensors", model.tensors)  # another time of change
         self.error("quantize", model.folder, out, "--resume", status=BAD_USAGE, says=["another input files"])
 
+    def test_calibration_is_kept(self):
+        """A resumed run takes what the first had found, unless it is not of this task's size."""
+        out, args = self.folder / "out", ["--max-shard-size", "20K", "--calibrate", TINY_IDS]
+        wanted = contents(self.quantize(TINY, "whole", *args))
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+
+        for damage in ("nothing", "doubled", "cut short", "another magic"):
+            self.error("quantize", TINY, out, *args, status=BAD_DATA, says="File too large", preexec_fn=limit)
+            record = bytearray((out / CALIBRATION).read_bytes())
+            if damage == "doubled":  # the first matrix's
+                record[32:36] = struct.pack("<f", 2 * struct.unpack("<f", record[32:36])[0])
+            record[0] ^= damage == "another magic"
+            (out / CALIBRATION).write_bytes(record[:-4] if damage == "cut short" else record)
+            said = self.json("quantize", TINY, out, *args, "--resume")
+            self.assertGreater(said["calibration"]["tokens"], 0)
+            made = contents(out)
+            differ = [k for k in wanted if made[k] != wanted[k]]
+            self.assertEqual({*made}, {*wanted})
+            self.assertEqual(len(differ), damage == "doubled", damage)
+            shutil.rmtree(out)
+
+    def test_cut_short_while_it_is_read(self):
+        """The input loses its second half in the middle of the run."""
+        model, out = self.folder / "large", self.folder / "out"
+        model.mkdir()
+        shutil.copy(TINY / "config.json", model)
+        rows, path = 8192, model / "model.safetensors"
+        tensors.write(path, {"model.layers.0.self_attn.q_proj.weight": ("F32", [0, 0], b"")})
+        header = {f"model.layers.{i}.self_attn.q_proj.weight": {"dtype": "F32", "shape": [rows, rows], "data_offsets": [i * rows**2 * 4, (i + 1) * rows**2 * 4]}
+                  for i in range(2)}  # fmt: skip
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        for attempt in range(20):
+            os.truncate(path, 8 + len(text) + 2 * rows**2 * 4)  # zeros that take no room
+            running = subprocess.Popen([PROGRAM, "quantize", model, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while not (out / JOURNAL).exists() and running.poll() is None:
+                time.sleep(0.0005)
+            running.send_signal(signal.SIGSTOP)
+            os.truncate(path, 8 + len(text) + rows**2 * 4)
+            running.send_signal(signal.SIGCONT)
+            says = running.communicate()[1]
+            if running.returncode == 0:  # stopped too late
+                shutil.rmtree(out)
+                continue
+            self.assertEqual(running.returncode, BAD_DATA, says)
+            self.assertRegex(says, r"q_proj.weight: model.safetensors: was cut short: it ends at byte \d+ or before, \d+ more are needed")
+            self.assertEqual(sorted(contents(out)), [JOURNAL])
+            return
+        self.fail("never stopped in time")
+
+    @unittest.skipUnless(shutil.which("unshare"), "no unshare: a small disk cannot be mounted")
+    def test_small_disk(self):
+        """A tmpfs that holds all but the last shard: the error has both numbers, and a larger disk goes on with what is there."""
+        model, out = self.experts(), self.folder / "disk" / "out"
+        wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
+        size = sum(len(v) for v in wanted.values()) // 4096 * 4096 - 40960
+        out.parent.mkdir()
+        copy = self.folder / "copy"
+        script = """mount -t tmpfs -o size=$1 none "$2" || exit 77
+            shift; disk=$1; copy=$2; shift 2
+            "$@"; status=$?
+            cp -r "$disk/out" "$copy"; exit $status"""
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", str(size), out.parent, copy, PROGRAM, "quantize", model, out,
+                               "--max-shard-size", "60K"], capture_output=True, text=True)  # fmt: skip
+        if done.returncode == 77 or "unshare" in done.stderr:
+            self.skipTest(f"tmpfs cannot be mounted: {done.stderr.strip()}")
+        self.assertEqual(done.returncode, BAD_DATA, done.stderr)
+        self.assertRegex(done.stderr, r"/out/model-\d+-of-\d+.safetensors: \d+ bytes: No space left on device: \d+ bytes are free")
+        self.assertGreater(len(contents(copy)), 2)
+        for name, data in contents(copy).items():
+            self.assertTrue(name == JOURNAL or wanted[name] == data, name)
+        self.moe4("quantize", model, copy, "--max-shard-size", "60K", "--resume")
+        self.assertEqual(contents(copy), wanted)
+
     def test_full_disk(self):
         model, out = self.experts(), self.folder / "out"
         wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
@@ -343,8 +429,12 @@ class Quantize(CliCase):
         self.assertEqual(contents(out), wanted)
 
     def test_killed_at_any_moment(self):
-        model = self.experts()
-        args = ["--max-shard-size", "20K"]
+        self.kill_and_resume(self.experts(), "--max-shard-size", "20K")
+
+    def test_killed_while_calibrating(self):
+        self.kill_and_resume(TINY, "--max-shard-size", "20K", "--calibrate", TINY_IDS, "--search")
+
+    def kill_and_resume(self, model, *args):
         start = time.monotonic()
         wanted = contents(self.quantize(model, "whole", *args))
         seconds = time.monotonic() - start
