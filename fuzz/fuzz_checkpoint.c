@@ -53,6 +53,16 @@ static void count(void *user, const char *name, const char *problem) {
     ++*(uint64_t *)user;
 }
 
+/* What a user does with a weight: its values, and an object that reads all of it. */
+static void use_weight(const moe4_weight *w) {
+    float *y = calloc(w->cols, sizeof *y);
+    moe4_linear *linear;
+    if (!y) abort();
+    moe4_weight_values(ctx, y, w, w->rows - 1, 1);
+    if (moe4_linear_create(&linear, ctx, w, 1, NULL) == MOE4_OK) moe4_linear_destroy(linear);
+    free(y);
+}
+
 static void use(moe4_checkpoint *ckpt) {
     moe4_model_info info = MOE4_MODEL_INFO_INIT;
     moe4_weight w;
@@ -63,7 +73,9 @@ static void use(moe4_checkpoint *ckpt) {
         snprintf(module, sizeof module, "%s", t.name);
         for (char *dot; (dot = strrchr(module, '.'));) {
             *dot = '\0';
-            if (moe4_checkpoint_weight(ckpt, &w, module) != MOE4_OK || w.dtype != MOE4_NVFP4) continue;
+            if (moe4_checkpoint_weight(ckpt, &w, module) != MOE4_OK) continue;
+            use_weight(&w);
+            if (w.dtype != MOE4_NVFP4) continue;
             moe4_weight_stats stats = MOE4_WEIGHT_STATS_INIT;
             if (moe4_weight_inspect(ctx, &stats, &w) != MOE4_OK) abort();
         }
@@ -74,6 +86,12 @@ static void use(moe4_checkpoint *ckpt) {
         for (size_t layer = 0; layer <= info.n_layers && layer < 4; layer++) {
             moe4_checkpoint_router(ckpt, &w, &bias, layer);
             moe4_checkpoint_hash_table(ckpt, &t, layer);
+            moe4_router *router;
+            moe4_moe *moe;
+            moe4_moe_options options = MOE4_MOE_OPTIONS_INIT;
+            options.with_shared = 1;
+            if (moe4_router_create_from_checkpoint(&router, ctx, ckpt, layer, NULL) == MOE4_OK) moe4_router_destroy(router);
+            if (small && moe4_moe_create_from_checkpoint(&moe, ctx, ckpt, layer, &options) == MOE4_OK) moe4_moe_destroy(moe);
             for (int64_t e = MOE4_EXPERT_DENSE; e < 3; e++)
                 for (int p = 0; p < 3; p++) moe4_checkpoint_expert(ckpt, &w, layer, e, (moe4_proj)p);
         }
