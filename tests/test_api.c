@@ -1,5 +1,5 @@
-/* The shell around the arithmetic: every allocation made to fail in turn, callers of older and newer headers, sizes off by one, contexts
- * made and destroyed in a storm, eight threads on one layer. */
+/* The shell around the arithmetic: every allocation made to fail in turn, callers of older and newer headers, contexts made and destroyed
+ * in a storm, eight threads on one layer. */
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -35,37 +35,109 @@ static moe4_ctx_options counting_options(struct counting *c) {
     return o;
 }
 
+struct everything {
+    moe4_checkpoint *model;
+    moe4_router *router;
+    moe4_moe *layer;
+    moe4_linear *linear, *wide;
+    moe4_grouped *grouped;
+    void *memory;
+};
+
+/* What an engine makes from a checkpoint, FP8 matrices among it. */
+static moe4_status make_everything(moe4_ctx *ctx, struct everything *all) {
+    moe4_weight w;
+    moe4_expert expert, fp8;
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    static const uint8_t bytes[128 * 256], one = 127;
+    const moe4_weight up = {.dtype = MOE4_F8_E4M3,
+                            .rows = 128,
+                            .cols = 256,
+                            .data = bytes,
+                            .scale = &one,
+                            .scale_dtype = MOE4_F8_E8M0,
+                            .scale_rows = 128,
+                            .scale_cols = 256};
+    moe4_weight down = up;
+    down.rows = down.scale_rows = 256;
+    down.cols = down.scale_cols = 128;
+    fp8 = (moe4_expert){up, up, down};
+    o.with_shared = 1;
+    moe4_status status = moe4_checkpoint_open(&all->model, ctx, MODEL);
+    if (!status) status = moe4_router_create_from_checkpoint(&all->router, ctx, all->model, 2, NULL);
+    if (!status) status = moe4_moe_create_from_checkpoint(&all->layer, ctx, all->model, 2, &o);
+    if (!status) status = moe4_checkpoint_expert(all->model, &expert.gate, 2, 5, MOE4_GATE);
+    if (!status) status = moe4_checkpoint_expert(all->model, &expert.up, 2, 5, MOE4_UP);
+    if (!status) status = moe4_checkpoint_expert(all->model, &expert.down, 2, 5, MOE4_DOWN);
+    if (!status) status = moe4_moe_replace_expert(all->layer, 1, &expert);
+    moe4_moe_destroy(all->layer);
+    all->layer = NULL;
+    o.n_experts = o.top_k = 1;
+    if (!status) status = moe4_moe_create(&all->layer, ctx, &fp8, &o);
+    if (!status) status = moe4_moe_replace_expert(all->layer, 0, &fp8);
+    if (!status) status = moe4_linear_create(&all->wide, ctx, &up, 1, NULL);
+    if (!status) status = moe4_checkpoint_weight(all->model, &w, "model.layers.2.self_attn.q_proj");
+    if (!status) status = moe4_linear_create(&all->linear, ctx, &w, 1, NULL);
+    if (!status) status = moe4_grouped_create(&all->grouped, ctx, &w, 1, NULL);
+    if (!status) status = moe4_memory_alloc(ctx, &all->memory, 1 << 20);
+    return status;
+}
+
+/* The calls that take no object, and those that run one: most of these need no memory at all. */
+static moe4_status call_everything(moe4_ctx *ctx, const struct everything *all) {
+    static float x[4 * 256], y[4 * 256];
+    static uint8_t codes[4 * 128], scales[1024], other[1024];
+    moe4_quantize_options q = MOE4_QUANTIZE_OPTIONS_INIT;
+    moe4_workspace ws = {all->memory, 0};
+    moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+    moe4_model_info info = MOE4_MODEL_INFO_INIT;
+    moe4_weight w;
+    moe4_weight_stats stats = MOE4_WEIGHT_STATS_INIT;
+    uint64_t n_problems;
+    int32_t ids[4 * 6];
+    float weights[4 * 6], globals[4];
+    q.per_row = 1;
+    q.scale_layout = MOE4_SCALES_128X4;
+    q.interleave = 2;
+    moe4_status status = moe4_nvfp4_quantize(ctx, codes, scales, globals, NULL, x, MOE4_F32, 4, 256, 0, &q);
+    q.global = globals;
+    if (!status) status = moe4_nvfp4_dequantize(ctx, y, MOE4_F32, 0, codes, scales, 4, 256, &q);
+    if (!status) status = moe4_amax(ctx, globals, x, MOE4_F32, 4, 256, 0);
+    if (!status) status = moe4_scales_convert(ctx, other, MOE4_SCALES_WORDS, scales, MOE4_SCALES_LINEAR, 1, 4, 256);
+    if (!status) status = moe4_rows_interleave(ctx, other, codes, 1, 4, 128, 1);
+    if (!status) status = moe4_transpose(ctx, other, codes, 1, 4, 128, 1);
+    if (!status) status = moe4_checkpoint_info(all->model, &info);
+    if (!status) status = moe4_checkpoint_expert(all->model, &w, 2, 5, MOE4_GATE);
+    if (!status) status = moe4_weight_inspect(ctx, &stats, &w);
+    if (!status) status = moe4_weight_values(ctx, y, &w, 3, 2);
+    if (!status) status = moe4_router_workspace_bytes(all->router, &ws.bytes, 4);
+    if (!status) status = moe4_router_forward(all->router, ids, weights, x, NULL, 4, &ws, NULL);
+    if (!status) status = moe4_moe_workspace_bytes(all->layer, &ws.bytes, 4);
+    if (!status) status = moe4_moe_forward(all->layer, y, x, NULL, NULL, 4, &ws, NULL);
+    if (!status) status = moe4_moe_report_read(all->layer, &report, NULL, &ws, NULL);
+    if (!status) status = moe4_moe_rows_workspace_bytes(all->layer, &ws.bytes, 4, 4);
+    if (!status) status = moe4_moe_forward_sorted(all->layer, y, x, (int32_t[]){0, 4}, NULL, (int32_t[]){0, 1, 1, 3}, 4, 4, &ws, NULL);
+    if (!status) status = moe4_moe_forward_batched(all->layer, y, x, (int32_t[]){3}, NULL, 4, &ws, NULL);
+    if (!status) status = moe4_linear_workspace_bytes(all->linear, &ws.bytes, 4);
+    if (!status) status = moe4_linear_forward(all->linear, (void *[]){y}, NULL, x, 4, &ws, NULL);
+    if (!status) status = moe4_grouped_workspace_bytes(all->grouped, &ws.bytes, 4);
+    if (!status) status = moe4_grouped_forward(all->grouped, y, NULL, x, (int32_t[]){0, 4}, 4, &ws, NULL);
+    if (!status) status = moe4_memory_copy(ctx, x, y, sizeof x, NULL);
+    return status ? status : moe4_checkpoint_verify(all->model, &n_problems, NULL, NULL, NULL);
+}
+
 /* Everything a user makes, used once. Stops at the first failure; nothing may be left behind. */
 static moe4_status use_everything(moe4_ctx *ctx) {
-    moe4_checkpoint *model = NULL;
-    moe4_router *router = NULL;
-    moe4_moe *layer = NULL;
-    moe4_linear *linear = NULL;
-    moe4_grouped *grouped = NULL;
-    moe4_weight w;
-    moe4_expert expert;
-    uint64_t n_problems;
-    static float x[256];
-    static uint8_t codes[128], scales[16];
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.with_shared = 1;
-    moe4_status status = moe4_checkpoint_open(&model, ctx, MODEL);
-    if (!status) status = moe4_router_create_from_checkpoint(&router, ctx, model, 2, NULL);
-    if (!status) status = moe4_moe_create_from_checkpoint(&layer, ctx, model, 2, &o);
-    if (!status) status = moe4_checkpoint_expert(model, &expert.gate, 2, 5, MOE4_GATE);
-    if (!status) status = moe4_checkpoint_expert(model, &expert.up, 2, 5, MOE4_UP);
-    if (!status) status = moe4_checkpoint_expert(model, &expert.down, 2, 5, MOE4_DOWN);
-    if (!status) status = moe4_moe_replace_expert(layer, 1, &expert);
-    if (!status) status = moe4_checkpoint_weight(model, &w, "model.layers.2.self_attn.q_proj");
-    if (!status) status = moe4_linear_create(&linear, ctx, &w, 1, NULL);
-    if (!status) status = moe4_grouped_create(&grouped, ctx, &w, 1, NULL);
-    if (!status) status = moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x, MOE4_F32, 1, 256, 0, NULL);
-    if (!status) status = moe4_checkpoint_verify(model, &n_problems, NULL, NULL, NULL);
-    moe4_grouped_destroy(grouped);
-    moe4_linear_destroy(linear);
-    moe4_moe_destroy(layer);
-    moe4_router_destroy(router);
-    moe4_checkpoint_close(model);
+    struct everything all = {0};
+    moe4_status status = make_everything(ctx, &all);
+    if (!status) status = call_everything(ctx, &all);
+    moe4_memory_free(ctx, all.memory);
+    moe4_grouped_destroy(all.grouped);
+    moe4_linear_destroy(all.wide);
+    moe4_linear_destroy(all.linear);
+    moe4_moe_destroy(all.layer);
+    moe4_router_destroy(all.router);
+    moe4_checkpoint_close(all.model);
     return status;
 }
 
@@ -153,6 +225,76 @@ static void test_struct_sizes(void **state) {
     ref_free_weight(&e.gate);
     ref_free_weight(&e.up);
     ref_free_weight(&e.down);
+    moe4_ctx_destroy(ctx);
+}
+
+/* The options of calls: an older caller's struct ends earlier, a newer one's has a field that this library lacks. */
+static void test_struct_sizes_of_calls(void **state) {
+    (void)state;
+    static float x[2 * 16], logits[4] = {0, 1, 2, 3}, weights[2];
+    uint8_t codes[16], scales[2];
+    int32_t ids[2];
+    moe4_ctx *ctx;
+    moe4_router *router;
+    moe4_router_options ro = MOE4_ROUTER_OPTIONS_INIT;
+    struct {
+        union {
+            moe4_quantize_options q;
+            moe4_router_tokens t;
+            size_t struct_size;
+        };
+        char newer[128];
+    } o;
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    ro.kind = MOE4_ROUTER_SOFTMAX_TOPK;
+    ro.n_experts = 4;
+    ro.top_k = 2;
+    OK(ctx, moe4_router_create(&router, ctx, NULL, NULL, &ro));
+    for (int version = 0; version < 5; version++) {
+        memset(&o, 0, sizeof o);
+        o.q = (moe4_quantize_options)MOE4_QUANTIZE_OPTIONS_INIT;
+        size_t own = o.struct_size;
+        const size_t sizes[] = {own, offsetof(moe4_quantize_options, scale_layout), own + 64, own + 64, sizeof(size_t) - 1};
+        o.struct_size = sizes[version];
+        if (version == 1) o.q.interleave = 7; /* would be refused, were it read */
+        if (version == 3) ((char *)&o)[own + 63] = 1;
+        moe4_status want = version < 3 ? MOE4_OK : MOE4_ERROR_ARGUMENT;
+        assert_int_equal(moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x, MOE4_F32, 2, 16, 0, &o.q), want);
+        memset(&o, 0, sizeof o);
+        o.t = (moe4_router_tokens)MOE4_ROUTER_TOKENS_INIT;
+        own = o.struct_size;
+        o.struct_size = version == 1 ? sizeof(size_t) : version == 4 ? sizeof(size_t) - 1 : version ? own + 64 : own;
+        if (version == 1) o.t.alt_bias = codes; /* likewise */
+        if (version == 3) ((char *)&o)[own + 63] = 1;
+        assert_int_equal(moe4_router_select(router, ids, weights, logits, &o.t, 1, NULL), want);
+    }
+    moe4_router_destroy(router);
+    moe4_ctx_destroy(ctx);
+}
+
+/* Structs that come back are filled up to the caller's struct_size and not a byte further. */
+static void test_short_results(void **state) {
+    (void)state;
+    moe4_ctx *ctx;
+    moe4_checkpoint *model;
+    moe4_weight w;
+    union {
+        moe4_model_info info;
+        moe4_weight_stats stats;
+        uint8_t bytes[sizeof(moe4_model_info)];
+    } r;
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    OK(ctx, moe4_checkpoint_open(&model, ctx, MODEL));
+    OK(ctx, moe4_checkpoint_expert(model, &w, 1, 0, MOE4_UP));
+    for (int kind = 0; kind < 2; kind++) {
+        size_t size = kind ? offsetof(moe4_weight_stats, n_scale_pow2) : offsetof(moe4_model_info, router);
+        memset(&r, 0xAB, sizeof r);
+        memcpy(&r, &size, sizeof size);
+        OK(ctx, kind ? moe4_weight_inspect(ctx, &r.stats, &w) : moe4_checkpoint_info(model, &r.info));
+        assert_true(kind ? r.stats.n_blocks == 128 * 16 : r.info.n_layers == 6);
+        for (size_t i = size; i < sizeof r; i++) assert_int_equal(r.bytes[i], 0xAB);
+    }
+    moe4_checkpoint_close(model);
     moe4_ctx_destroy(ctx);
 }
 
@@ -328,6 +470,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_allocation_fails_once),
         cmocka_unit_test(test_struct_sizes),
+        cmocka_unit_test(test_struct_sizes_of_calls),
+        cmocka_unit_test(test_short_results),
         cmocka_unit_test(test_short_report),
         cmocka_unit_test(test_contexts_in_a_storm),
         cmocka_unit_test(test_eight_threads_on_one_layer),
