@@ -335,7 +335,7 @@ MOE4_API moe4_status moe4_act_from_name(moe4_act *act_ret, const char *name);
 
 /* Rows of activations that are NVFP4 already. An object whose x_dtype is MOE4_NVFP4 takes a pointer to this as its x: values enter the
  * product as they are, and only h is rounded by the mode. A row with a NaN or signed scale byte, or a global that is not finite, comes
- * out NaN. */
+ * out NaN. On a device the struct is read during the call, on the host, and what it points to is device memory. */
 typedef struct moe4_nvfp4_rows {
     const uint8_t *codes; /* [rows, K/2], contiguous */
     const void *scales;
@@ -416,7 +416,7 @@ typedef struct moe4_router_options {
     float scale;                /* routed_scaling_factor, applied once, in the weights; 0 means 1 */
     float gate_temp;            /* SQRTSOFTPLUS_BIAS, HASH; 0 means 1 */
     const float *alt_bias;      /* [n_experts], copied: a second bias, for the tokens that forward names (images); or NULL */
-    const void *table;          /* HASH: [n_token_ids, top_k] experts of each token id, borrowed; no alignment is needed */
+    const void *table;          /* HASH: [n_token_ids, top_k] experts of each token id, borrowed host memory; no alignment is needed */
     moe4_dtype table_dtype;     /* I32 or I64 */
     size_t n_token_ids;
     moe4_dtype x_dtype; /* of forward's x: F32, BF16 or F16 */
@@ -512,7 +512,8 @@ typedef struct moe4_router_tokens {
 
 /* topk_ids [T,k] int32, topk_weights [T,k] fp32 from x [T,hidden]: fp32 logits, best expert first, ties to the lower index. A row with a
  * NaN or Inf gets ids 0 .. k-1 and NaN weights, so that its result is NaN. `tokens` may be NULL
- * where nothing in it is needed. Errors: ARGUMENT (a token id outside the table: the token and both numbers). */
+ * where nothing in it is needed; its arrays are device memory on a device, where a token id outside the table gives a row as one of a NaN
+ * does. Errors: ARGUMENT (elsewhere such an id: the token and both numbers). */
 MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x,
                                          const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream);
 /* The same from logits [T,E] fp32, contiguous; needs no workspace. Errors: as forward. */
@@ -596,7 +597,11 @@ MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *
  * dropped); tokens without a row get zeros. batched: x and y are [n_local, max_rows, hidden] with counts[e] rows each (int32 [n_local],
  * host memory), weights [n_local, max_rows]; the others are not touched. Their workspace is that of n_rows = n_local * max_rows and
  * n_tokens 0; sorted rows without row_token have n_tokens 0 too. Allocates nothing. Errors: ARGUMENT (an offset, count or token out of
- * range: which, and both numbers). */
+ * range: which, and both numbers).
+ *
+ * On a device offsets, counts and row_token are device memory and only read there, so that a captured call may meet others when it is
+ * replayed. What is out of range is no error then: an offset is at least the one before and at most n_rows, a count 0 to max_rows,
+ * and a row for a token that is not there is dropped. */
 MOE4_API moe4_status moe4_moe_rows_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret, size_t n_rows, size_t n_tokens);
 MOE4_API moe4_status moe4_moe_forward_sorted(const moe4_moe *moe, void *y, const void *x, const int32_t *offsets, const float *weights,
                                              const int32_t *row_token, size_t n_rows, size_t n_tokens, const moe4_workspace *workspace,
@@ -691,8 +696,8 @@ MOE4_API moe4_status moe4_grouped_create(moe4_grouped **grouped_ret, moe4_ctx *c
 MOE4_API void moe4_grouped_destroy(moe4_grouped *grouped);
 /* Bytes that forward needs for up to n_rows. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_grouped_workspace_bytes(const moe4_grouped *grouped, size_t *bytes_ret, size_t n_rows);
-/* offsets int32 [n_groups + 1] in host memory as for moe4_moe_forward_sorted. Properties as moe4_moe_forward's; n_saturated_ret
- * as moe4_linear_forward's. Errors: ARGUMENT (an offset: which, and both numbers; a workspace too small: both numbers). */
+/* offsets int32 [n_groups + 1] as for moe4_moe_forward_sorted, in host memory or the device's. Properties as moe4_moe_forward's;
+ * n_saturated_ret as moe4_linear_forward's. Errors: ARGUMENT (an offset: which, and both numbers; a workspace too small: both numbers). */
 MOE4_API moe4_status moe4_grouped_forward(const moe4_grouped *grouped, void *y, uint64_t *n_saturated_ret, const void *x,
                                           const int32_t *offsets, size_t n_rows, const moe4_workspace *workspace, void *stream);
 

@@ -94,6 +94,7 @@ struct moe4_router {
     moe4_linear *logits; /* NULL without gate weights */
     float *bias;         /* [n_experts] */
     float *alt_bias;     /* [n_experts], or NULL */
+    void *prepared;      /* a device's */
 };
 
 struct moe4_select_call {
@@ -112,8 +113,7 @@ enum moe4_owner { MOE4_OF_HOST, MOE4_OF_DEVICE, MOE4_OF_BOTH /* pinned or manage
 struct moe4_backend {
     const char *name;
 
-    bool takes_rows; /* calls by_rows and products of groups; a device without them says UNSUPPORTED */
-    moe4_status (*moe_check)(const moe4_ctx *ctx, const moe4_moe_options *o); /* options a device lacks: UNSUPPORTED; or NULL */
+    bool is_device; /* buffers of a call are device memory: the host looks into none, what it would check is checked there */
     moe4_status (*experts_prepare)(moe4_ctx *ctx, struct moe4_experts *experts);
     void (*experts_release)(moe4_ctx *ctx, struct moe4_experts *experts);
     /* experts->expert[e] has other weights; on failure the backend still has the old ones. */
@@ -144,6 +144,8 @@ struct moe4_backend {
     void (*memory_free)(moe4_ctx *ctx, void *data);
     moe4_status (*memory_copy)(moe4_ctx *ctx, void *dst, const void *src, size_t bytes, void *stream); /* waits for it */
 
+    moe4_status (*router_prepare)(moe4_router *router); /* a device's, as is release: NULL on the CPU */
+    void (*router_release)(moe4_router *router);
     /* topk_ids, topk_weights [T,k] from logits [T,E]. */
     moe4_status (*select)(const struct moe4_select_call *call);
 

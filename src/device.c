@@ -53,7 +53,8 @@ moe4_status moe4_device_open(moe4_ctx *ctx, const char *name) {
                MOE4_PLUGIN_ABI);
     MOE4_CHECK(ctx,
                p->ctx_bytes == sizeof(moe4_ctx) && p->backend_bytes == sizeof(struct moe4_backend) && p->moe_bytes == sizeof(moe4_moe) &&
-                   p->linear_bytes == sizeof(moe4_linear),
+                   p->linear_bytes == sizeof(moe4_linear) && p->grouped_bytes == sizeof(moe4_grouped) &&
+                   p->router_bytes == sizeof(moe4_router),
                MOE4_ERROR_DEVICE, "%s: is of another build (version %s beside %s)", file, p->version, moe4_version());
     ctx->host = &host;
     snprintf(ctx->device_name, sizeof ctx->device_name, "cuda:%d", index);

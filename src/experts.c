@@ -79,7 +79,6 @@ moe4_status moe4_rows_check(const moe4_ctx *ctx, const void *x, moe4_dtype x_dty
 }
 
 moe4_status moe4_offsets_check(const moe4_ctx *ctx, const int32_t *offsets, size_t n, size_t n_rows) {
-    MOE4_CHECK(ctx, offsets, MOE4_ERROR_ARGUMENT, "offsets: NULL");
     MOE4_CHECK(ctx, offsets[0] == 0, MOE4_ERROR_ARGUMENT, "offsets[0]: %d, need 0", offsets[0]);
     for (size_t i = 0; i < n; i++)
         MOE4_CHECK(ctx, offsets[i + 1] >= offsets[i], MOE4_ERROR_ARGUMENT, "offsets[%zu]: %d after %d", i + 1, offsets[i + 1], offsets[i]);

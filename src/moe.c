@@ -143,7 +143,6 @@ static moe4_status check_resolved(moe4_moe *moe) {
 
 static moe4_status moe_init(moe4_moe *moe, const moe4_expert *experts) {
     MOE4_TRY(check_options(moe->ctx, &moe->o));
-    if (moe->ctx->backend->moe_check) MOE4_TRY(moe->ctx->backend->moe_check(moe->ctx, &moe->o));
     MOE4_TRY(add_group(moe, experts, moe->o.n_local, "expert"));
     if (moe->o.shared) MOE4_TRY(add_group(moe, moe->o.shared, 1, "shared expert"));
     moe->o.shared = NULL; /* was the caller's */
@@ -223,8 +222,6 @@ moe4_status moe4_moe_replace_expert(moe4_moe *moe, size_t e, const moe4_expert *
 static moe4_status workspace_bytes(const struct moe4_moe_call *c, size_t *bytes_ret) {
     const moe4_moe *moe = c->moe;
     size_t n_slots = c->n_rows;
-    MOE4_CHECK(moe->ctx, !c->by_rows || moe->ctx->backend->takes_rows, MOE4_ERROR_UNSUPPORTED,
-               "rows that stand with their experts do not run on %s yet", moe->ctx->backend->name);
     MOE4_CHECK(moe->ctx, c->by_rows || moe4_mul(&n_slots, c->n_tokens, moe->o.top_k), MOE4_ERROR_ARGUMENT, "n_tokens: %zu", c->n_tokens);
     MOE4_CHECK(moe->ctx, n_slots <= INT32_MAX && c->n_tokens <= INT32_MAX, MOE4_ERROR_ARGUMENT, "%zu tokens, %zu %s: at most %d",
                c->n_tokens, n_slots, c->by_rows ? "rows" : "slots", INT32_MAX);
@@ -305,6 +302,8 @@ moe4_status moe4_moe_forward_sorted(const moe4_moe *moe, void *y, const void *x,
                                     .n_rows = n_rows};
     moe4_begin(moe->ctx);
     MOE4_TRY(check_call(&c, workspace, "moe4_moe_forward_sorted"));
+    MOE4_CHECK(moe->ctx, offsets, MOE4_ERROR_ARGUMENT, "offsets: NULL");
+    if (moe->ctx->backend->is_device) return run(&c);
     MOE4_TRY(moe4_offsets_check(moe->ctx, offsets, moe->o.n_local, n_rows));
     for (size_t r = 0; row_token && r < n_rows; r++)
         MOE4_CHECK(moe->ctx, row_token[r] < 0 || (size_t)row_token[r] < n_tokens, MOE4_ERROR_ARGUMENT, "row_token[%zu]: %d of %zu tokens",
@@ -328,7 +327,7 @@ moe4_status moe4_moe_forward_batched(const moe4_moe *moe, void *y, const void *x
                max_rows, moe->o.n_local);
     MOE4_TRY(check_call(&c, workspace, "moe4_moe_forward_batched"));
     MOE4_CHECK(moe->ctx, counts, MOE4_ERROR_ARGUMENT, "counts: NULL");
-    for (size_t e = 0; e < moe->o.n_local; e++)
+    for (size_t e = 0; e < moe->o.n_local && !moe->ctx->backend->is_device; e++)
         MOE4_CHECK(moe->ctx, counts[e] >= 0 && (size_t)counts[e] <= max_rows, MOE4_ERROR_ARGUMENT, "counts[%zu]: %d of max_rows %zu", e,
                    counts[e], max_rows);
     return run(&c);

@@ -5,7 +5,7 @@
 
 #include "backend.h"
 
-enum { MOE4_PLUGIN_ABI = 1 };
+enum { MOE4_PLUGIN_ABI = 2 };
 
 /* The core's services; the plug-in links nothing of the core. */
 struct moe4_plugin_host {
@@ -18,7 +18,7 @@ struct moe4_plugin_host {
 struct moe4_plugin {
     uint32_t abi;
     const char *version; /* moe4_version() of its sources */
-    size_t ctx_bytes, backend_bytes, moe_bytes, linear_bytes;
+    size_t ctx_bytes, backend_bytes, moe_bytes, linear_bytes, grouped_bytes, router_bytes;
     /* Device `index` for this context: sets ctx->backend and ctx->device. Errors: DEVICE (no driver, no such device, its
      * architecture). */
     moe4_status (*open)(moe4_ctx *ctx, int index);

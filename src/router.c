@@ -77,6 +77,7 @@ static moe4_status router_init(moe4_router *r, const moe4_weight *gate, const fl
     if (o->alt_bias) MOE4_TRY(copy_bias(r, &r->alt_bias, o->alt_bias, "router alt_bias"));
     o->alt_bias = NULL; /* was the caller's */
     if (o->kind == MOE4_ROUTER_HASH) MOE4_TRY(check_table(ctx, o));
+    if (ctx->backend->router_prepare) MOE4_TRY(ctx->backend->router_prepare(r));
     if (!gate) return MOE4_OK;
     MOE4_CHECK(ctx, o->x_dtype != MOE4_NVFP4, MOE4_ERROR_ARGUMENT, "options.x_dtype: NVFP4 (F32, BF16 or F16)");
     MOE4_CHECK(ctx, gate->dtype != MOE4_NVFP4, MOE4_ERROR_ARGUMENT, "router gate: dtype NVFP4 (BF16, F16 or F32)");
@@ -111,6 +112,7 @@ moe4_status moe4_router_create(moe4_router **router_ret, moe4_ctx *ctx, const mo
 
 void moe4_router_destroy(moe4_router *r) {
     if (!r) return;
+    if (r->ctx->backend->router_release) r->ctx->backend->router_release(r);
     moe4_linear_destroy(r->logits);
     moe4_free(r->ctx, r->bias);
     moe4_free(r->ctx, r->alt_bias);
@@ -145,7 +147,7 @@ static moe4_status check_tokens(const moe4_router *r, moe4_router_tokens *tokens
     MOE4_CHECK(r->ctx, !tokens->alt_bias || r->alt_bias, MOE4_ERROR_ARGUMENT, "tokens.alt_bias: this router has no second bias");
     if (r->o.kind != MOE4_ROUTER_HASH) return MOE4_OK;
     MOE4_CHECK(r->ctx, tokens->token_ids || !n_tokens, MOE4_ERROR_ARGUMENT, "tokens.token_ids: NULL, and this router chooses by token id");
-    for (size_t t = 0; t < n_tokens; t++)
+    for (size_t t = 0; t < n_tokens && !r->ctx->backend->is_device; t++)
         MOE4_CHECK(r->ctx, tokens->token_ids[t] >= 0 && (size_t)tokens->token_ids[t] < r->o.n_token_ids, MOE4_ERROR_ARGUMENT,
                    "token %zu: id %d, the hash table has %zu", t, tokens->token_ids[t], r->o.n_token_ids);
     return MOE4_OK;

@@ -372,7 +372,7 @@ static void test_errors(void **state) {
 }
 
 int main(void) {
-    int status = open_both("test_cuda_codec");
+    int status = open_both("test_cuda_codec", MOE4_ISA_SCALAR);
     if (status) return status;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_recipes),       cmocka_unit_test(test_places), cmocka_unit_test(test_amax),

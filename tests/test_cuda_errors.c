@@ -121,7 +121,7 @@ static void test_ceilings(void **state) {
 }
 
 int main(void) {
-    int status = open_both("test_cuda_errors");
+    int status = open_both("test_cuda_errors", MOE4_ISA_SCALAR);
     if (status) return status;
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_mixed_in_linear), cmocka_unit_test(test_mixed_in_router),
                                        cmocka_unit_test(test_ceilings), cmocka_unit_test(test_too_little_memory)};

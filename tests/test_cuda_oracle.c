@@ -235,7 +235,7 @@ static void test_layer(void **state) {
 
 int main(void) {
     char why[96];
-    int status = open_both("test_cuda_oracle");
+    int status = open_both("test_cuda_oracle", MOE4_ISA_SCALAR);
     if (status) return status;
     blas = moe4_cublas_open(why, sizeof why);
     if (!blas) {

@@ -60,7 +60,6 @@ static moe4_status expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, 
 
 const struct moe4_backend moe4_backend_cpu = {
     .name = "cpu",
-    .takes_rows = true,
     .experts_prepare = experts_prepare,
     .experts_release = experts_release,
     .expert_replaced = expert_replaced,

@@ -7,6 +7,12 @@
 
 #define MOE4_INF_BITS 0x7F800000u /* as the largest |x| of a row: it has a NaN or Inf */
 
+static __device__ __forceinline__ float load_1(const void *x, moe4_dtype dtype, size_t i) {
+    if (dtype == MOE4_F32) return ((const float *)x)[i];
+    uint16_t bits = ((const uint16_t *)x)[i];
+    return dtype == MOE4_BF16 ? __uint_as_float((uint32_t)bits << 16) : __half2float(__ushort_as_half(bits));
+}
+
 /* v[16] = x[0..15] of the dtype; 16-byte loads where the address allows. */
 static __device__ __forceinline__ void load_16(float v[16], const void *x, moe4_dtype dtype) {
     if (dtype == MOE4_F32) {

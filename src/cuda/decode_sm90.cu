@@ -225,7 +225,7 @@ template <int NT, class S>
 static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, const work_item &item, const group &self, block_shared *s,
                                                     uint32_t stages, ring *stage) {
     using P = partial_shape<NT>;
-    bool down = item.phase == MOE4_PHASE_DOWN, wide = run.act != MOE4_ACT_W4A16;
+    bool down = item.phase == MOE4_PHASE_DOWN, wide = (down ? run.h_factor : run.x_factor) != NULL;
     int units = down ? run.w.intermediate_units : run.w.hidden_units, e = item.tile.expert, half = self.r & 1;
     uint32_t x_at = WEIGHT_BYTES + (self.lane >> 2) * X_ROW_BYTES + self.slice * (MOE4_UNIT_K * 2) + (self.lane & 3) * 32;
     uint32_t unit_at = (self.r >> 1) * STAGE_TILE_BYTES + self.slice * MOE4_UNIT_BYTES;

@@ -29,6 +29,8 @@ void moe4_cuda_leave(struct moe4_cuda_current saved);
 moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, const char *what);
 /* Is `data` memory that this context's device reads? ARGUMENT otherwise. */
 moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what);
+/* The same for rows of activations, which may be a moe4_nvfp4_rows on the host. */
+moe4_status moe4_cuda_check_x(const moe4_ctx *ctx, const void *x, moe4_dtype dtype, const char *what);
 
 /* experts.c: packed weights. pack.. takes data and scales from host or device memory through one staging buffer. */
 struct moe4_cuda_stage {
@@ -38,13 +40,28 @@ struct moe4_cuda_stage {
 size_t moe4_cuda_stage_bytes(const moe4_weight *w);
 moe4_status moe4_cuda_pack_weight(const moe4_ctx *ctx, uint8_t *packed, const moe4_weight *w, int interleave,
                                   struct moe4_cuda_stage *stage);
+/* An unquantized matrix, its rows padded to whole units; the caller zeroes dst where padding is. */
+moe4_status moe4_cuda_place_plain(const moe4_ctx *ctx, void *dst, const moe4_weight *w);
 moe4_status moe4_cuda_experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts);
 void moe4_cuda_experts_release(moe4_ctx *ctx, struct moe4_experts *experts);
 moe4_status moe4_cuda_expert_replaced(moe4_ctx *ctx, struct moe4_experts *experts, size_t e);
+
+/* scales.c */
 moe4_status moe4_cuda_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what, bool *host_ret);
 
-/* moe.c */
-moe4_status moe4_cuda_moe_check(const moe4_ctx *ctx, const moe4_moe_options *o);
+/* moe.c: what a workspace is for, tokens or rows that are summed into tokens; and the runs of a layer in it (base NULL: counts). */
+struct moe4_extent {
+    bool by_rows;
+    size_t n_rows, n_tokens;
+};
+struct moe4_runs {
+    struct moe4_layer_run run[MOE4_MAX_GROUPS];
+    size_t n;
+    int *token_start, *token_rows; /* of rows that are summed */
+    bool fits;
+    size_t bytes;
+};
+struct moe4_runs moe4_cuda_layer_runs(const moe4_moe *moe, struct moe4_extent x, void *base);
 bool moe4_cuda_moe_bytes(size_t *bytes, const struct moe4_moe_call *c);
 moe4_status moe4_cuda_begin(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_dispatch(const struct moe4_moe_call *c);
@@ -53,6 +70,8 @@ moe4_status moe4_cuda_gate_up_stage(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_quantize_h_stage(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_down_stage(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_combine_stage(const struct moe4_moe_call *c);
+
+/* report.c */
 moe4_status moe4_cuda_report(const struct moe4_moe_call *c, moe4_moe_report *report, uint64_t *tokens_per_expert);
 
 /* run.c: a run's kernels and its workspace. */
@@ -60,6 +79,7 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
 bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device);
 /* What a report says of the run's products; static. */
 const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device);
+bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r);
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);
 
 /* linear.c */
@@ -67,6 +87,16 @@ moe4_status moe4_cuda_linear_prepare(moe4_linear *l);
 void moe4_cuda_linear_release(moe4_linear *l);
 bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens);
 moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c);
+
+/* grouped.c */
+moe4_status moe4_cuda_grouped_prepare(moe4_grouped *g);
+void moe4_cuda_grouped_release(moe4_grouped *g);
+bool moe4_cuda_grouped_bytes(size_t *bytes, const moe4_grouped *g, size_t n_rows);
+moe4_status moe4_cuda_grouped_forward(const struct moe4_grouped_call *c);
+
+/* router.c */
+moe4_status moe4_cuda_router_prepare(moe4_router *r);
+void moe4_cuda_router_release(moe4_router *r);
 moe4_status moe4_cuda_select(const struct moe4_select_call *c);
 
 /* codec.c */

@@ -1,7 +1,7 @@
 /* The products on any GPU from sm_80 on: the layout of the packed weights lets a warp load its fragments straight into registers, so
  * there is no staging at all. A block takes work items (a column tile of one expert x 64 rows) in a grid-stride loop.
  *
- *   gate_up_kernel   x -> h (W4A16) or h_wide and row maxima
+ *   gate_up_kernel   x -> h (W4A16) or h_wide and row maxima; any_gate_up_kernel with options that no other kernel has
  *   down_kernel      h -> o
  *
  * The order of summation is product.cuh's, so the bits are those of the sm_90 kernels. */
@@ -36,8 +36,29 @@ static __device__ __forceinline__ void warp_product(float acc[MOE4_ROW_TILES][NT
     }
 }
 
-/* Either product of an item: h from x, or o from h. */
-template <int NT>
+/* h from a pair's sums: gate and up of one feature, or two features eight apart where there is no gate. */
+static __device__ __forceinline__ void store_features(const moe4_layer_run &run, uint32_t mask, int expert, int slot, int row, int row0,
+                                                      int pair, float2 sum, float gate_alpha, float up_alpha) {
+    float factor = run.x_factor ? run.x_factor[x_row(run, slot)] : 1.f;
+    gate_alpha *= factor;
+    up_alpha *= factor;
+    uint32_t amax;
+    if (run.activation == MOE4_RELU2) {
+        int n = pair_row(row0, pair);
+        amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, 0.f, sum.x * up_alpha));
+        amax = max(amax, store_any_h(run, row, n + 8, any_unit(run, expert, slot, n + 8, 0.f, sum.y * up_alpha)));
+    } else {
+        int n = row0 / 2 + pair;
+        amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, sum.x * gate_alpha, sum.y * up_alpha));
+    }
+    if (!run.h_amax) return;
+#pragma unroll
+    for (int d = MOE4_PAIRS / 2; d; d /= 2) amax = max(amax, __shfl_xor_sync(mask, amax, d));
+    if (pair == 0) atomicMax(run.h_amax + row, amax);
+}
+
+/* Either product of an item: h from x, or o from h. ANY: with every option of h; the common case needs fewer registers. */
+template <int NT, bool ANY>
 static __device__ __forceinline__ void product_item(const moe4_layer_run &run, bool down, const moe4_tile &tile, int row_tile,
                                                     float *partials) {
     using P = partial_shape<NT>;
@@ -72,6 +93,8 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
                 int slot = run.slots[row];
                 if (down)
                     store_o(run, slot, pair_row(row0, pair), sum, alpha * (run.h_factor ? run.h_factor[row] : 1.f));
+                else if (ANY)
+                    store_features(run, mask, e, slot, row, row0, pair, sum, alpha, up_alpha);
                 else {
                     float factor = run.x_factor ? run.x_factor[x_row(run, slot)] : 1.f;
                     store_h(run, mask, row, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
@@ -82,7 +105,7 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
     }
 }
 
-static __device__ __forceinline__ void run_items(const moe4_layer_run &run, bool down) {
+template <bool ANY> static __device__ __forceinline__ void run_items(const moe4_layer_run &run, bool down) {
     __shared__ float partials[2 * partial_shape<4>::floats];
     int row_tiles = down ? run.w.down_tiles : run.w.gate_up_tiles, n_items = run.state->n_tiles * row_tiles;
     for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
@@ -90,20 +113,24 @@ static __device__ __forceinline__ void run_items(const moe4_layer_run &run, bool
         int index, row_tile;
         item_place(run, i, row_tiles, &tile, &index, &row_tile);
         if (tile.n <= 8)
-            product_item<1>(run, down, tile, row_tile, partials);
+            product_item<1, ANY>(run, down, tile, row_tile, partials);
         else if (tile.n <= 16)
-            product_item<2>(run, down, tile, row_tile, partials);
+            product_item<2, ANY>(run, down, tile, row_tile, partials);
         else
-            product_item<4>(run, down, tile, row_tile, partials);
+            product_item<4, ANY>(run, down, tile, row_tile, partials);
     }
 }
 
 static __global__ void __launch_bounds__(THREADS) gate_up_kernel(const __grid_constant__ moe4_layer_run run) {
-    run_items(run, false);
+    run_items<false>(run, false);
+}
+
+static __global__ void __launch_bounds__(THREADS, 1) any_gate_up_kernel(const __grid_constant__ moe4_layer_run run) {
+    run_items<true>(run, false);
 }
 
 static __global__ void __launch_bounds__(THREADS) down_kernel(const __grid_constant__ moe4_layer_run run) {
-    run_items(run, true);
+    run_items<false>(run, true);
 }
 
 static unsigned grid_blocks(const moe4_layer_run *run, int row_tiles) {
@@ -112,7 +139,8 @@ static unsigned grid_blocks(const moe4_layer_run *run, int row_tiles) {
 }
 
 cudaError_t moe4_cuda_gate_up(const moe4_layer_run *run, cudaStream_t stream) {
-    gate_up_kernel<<<grid_blocks(run, run->w.gate_up_tiles), THREADS, 0, stream>>>(*run);
+    auto kernel = moe4_cuda_has_options(run) ? any_gate_up_kernel : gate_up_kernel;
+    kernel<<<grid_blocks(run, run->w.gate_up_tiles), THREADS, 0, stream>>>(*run);
     return cudaGetLastError();
 }
 

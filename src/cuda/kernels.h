@@ -25,6 +25,14 @@ struct moe4_tile {
     int n_tiles; /* of the expert */
 };
 
+/* Which slots an expert has. */
+enum moe4_slots {
+    MOE4_SLOTS_BY_ID = 0, /* slot token * top_k + k is the expert's that `ids` names */
+    MOE4_SLOTS_SORTED,    /* slots are rows: row_start[e] .. row_start[e + 1] are expert e's */
+    MOE4_SLOTS_BATCHED,   /* slots are rows: the first expert_slots[e] of e * max_rows .. are expert e's */
+    MOE4_SLOTS_DIAGONAL   /* slot row * n + e is expert e's: each row has columns for every expert */
+};
+
 /* At the start of a run's workspace; dispatch sets all of it. */
 struct moe4_run_state {
     const void *owner; /* whose workspace this is, for the report */
@@ -32,13 +40,17 @@ struct moe4_run_state {
     int n_tiles;
     int n_slots;
     int n_experts_hit;
-    int ticket; /* next work item of the persistent kernel */
+    int ticket;   /* next work item of the persistent kernel */
+    int by_rows;  /* a call with rows that stand with their experts, n_tokens of them, */
+    int n_summed; /* into so many tokens */
 };
 
-/* Packed matrices of n experts (nvfp4.cuh has the layout). alpha = global scale * MOE4_DECODE_FACTOR. */
+/* Matrices of n experts, packed (nvfp4.cuh has the layout): alpha = global scale * MOE4_DECODE_FACTOR. Unquantized ones, when the run's
+ * act (for gate and up) or act_h (for down) is BF16, are row-major, padded with zeros to whole units: gate, then up; alpha 1. */
 struct moe4_packed_experts {
-    const uint8_t *gate_up; /* gate_up_tiles row tiles an expert: rows 16i+g gate, 16i+8+g up of feature 8i+g */
+    const uint8_t *gate_up; /* gate_up_tiles row tiles an expert: rows 16i+g gate, 16i+8+g up of feature 8i+g; RELU2: rows of up */
     const uint8_t *down;
+    moe4_dtype up_dtype, down_dtype;  /* of unquantized ones */
     size_t gate_up_bytes, down_bytes; /* of one expert */
     int n;
     int hidden, intermediate;
@@ -46,13 +58,15 @@ struct moe4_packed_experts {
     int gate_up_tiles, down_tiles;
     const float *alpha_gate, *alpha_up, *alpha_down; /* [n] */
     const float *scale_x, *scale_h;                  /* [n], the input scales of mode static */
+    const float *bias_gate, *bias_up, *bias_down;    /* [n, intermediate], the same, [n, hidden]; or NULL */
 };
 
 /* A run of a layer over n_tokens x top_k slots. Activations are bf16: rounded to bf16 in w4a16, exact values e2m1 * scale otherwise, and
  * then a row's global scale is its factor. Rows are padded with zeros to a multiple of 64. */
 struct moe4_layer_run {
     struct moe4_packed_experts w;
-    moe4_act act; /* W4A16, STATIC, TENSOR or TOKEN */
+    moe4_act act;   /* W4A16, STATIC, TENSOR or TOKEN; BF16: gate and up are unquantized, x_wide and h_wide fp32 */
+    moe4_act act_h; /* of down, where it is another; DEFAULT: the same */
     moe4_activation activation;
     float alpha, beta, limit; /* its parameters; no limit: 0 */
     int n_tokens, top_k;
@@ -65,9 +79,18 @@ struct moe4_layer_run {
     int ids_are_64bit;
     int64_t first_expert;
 
+    enum moe4_slots slots_are;
+    const int32_t *given; /* SORTED: offsets [n + 1]; BATCHED: counts [n]; whatever they hold */
+    int max_rows;         /* BATCHED */
+    int n_summed;
+    int x_by_slot;                    /* slots of a token round its row each in their own way; in STATIC they do anyway */
+    int h_is_weighted;
+    const float *weight_x, *weight_h; /* by slot, on x or on h before they are rounded; or NULL */
+
     const void *x_in; /* [n_tokens, hidden] as the caller has it */
     moe4_dtype x_dtype;
     size_t x_in_ld;
+    moe4_nvfp4_rows x_rows; /* x_dtype NVFP4: instead of x_in */
 
     /* workspace */
     struct moe4_run_state *state;
@@ -75,13 +98,15 @@ struct moe4_layer_run {
     int max_tiles;
     int *slots;        /* [n_slots] sorted by expert: token * top_k + k */
     int *expert_slots; /* [n] slots of each expert */
-    moe4_bf16 *x;      /* [n_tokens, hidden_units * 64]; in STATIC [n_tokens * top_k, …] */
-    float *x_factor;   /* one per row of x; NULL in W4A16 */
+    int *row_start;    /* [n + 1], SORTED: the offsets, in order and in range; NULL by id */
+    moe4_bf16 *x;      /* [n_tokens, hidden_units * 64]; [n_tokens * top_k, …] where slots of a token round it differently */
+    float *x_wide;     /* BF16: instead of x */
+    float *x_factor;   /* one per row of x; NULL in W4A16 and BF16, but for rows that came in NVFP4 */
     int *x_saturated;  /* one per row of x: blocks whose scale was past what E4M3 holds */
-    int *x_bad;        /* [n_tokens]: the row has a NaN or Inf */
-    uint32_t *x_amax;  /* TENSOR: one */
+    int *x_bad;        /* [n_tokens]: the row has a NaN or Inf; round_rows: one per row of x */
+    uint32_t *x_amax;  /* TENSOR: one; [n] for DIAGONAL */
     float *h_wide;     /* [n_tokens * top_k, intermediate_units * 64] fp32, sorted rows; NULL in W4A16 */
-    uint32_t *h_amax;  /* one per sorted row, bits of the largest |h|, and one for TENSOR; NULL in W4A16 */
+    uint32_t *h_amax;  /* one per sorted row, bits of the largest |h|, and one for TENSOR; NULL in W4A16 and BF16 */
     moe4_bf16 *h;      /* [n_tokens * top_k, intermediate_units * 64], sorted rows */
     float *h_factor;   /* one per sorted row; NULL in W4A16 */
     int *h_saturated;  /* one per sorted row */
@@ -89,6 +114,12 @@ struct moe4_layer_run {
     int *ready;        /* [max_tiles] 1: the rows of h may be read */
     float *o;          /* [n_tokens * top_k, hidden] by slot: the experts' outputs */
 };
+
+/* Gate and up with something that only the portable kernel does. */
+static inline int moe4_cuda_has_options(const struct moe4_layer_run *run) {
+    return run->w.bias_gate || run->w.bias_up || run->activation == MOE4_RELU2 || run->h_is_weighted ||
+           (run->act_h != MOE4_ACT_DEFAULT && run->act_h != run->act);
+}
 
 #ifdef __cplusplus
 extern "C" {
@@ -103,12 +134,20 @@ cudaError_t moe4_cuda_unpack(moe4_bf16 *values, const uint8_t *packed, int rows,
 
 /* Sorts the slots by expert, stable, and lists the tiles; rounds x. One kernel, but in TENSOR two. */
 cudaError_t moe4_cuda_prepare(const struct moe4_layer_run *run, cudaStream_t stream);
+/* The same in two steps for every other kind of slots and of rounding. Place lists the slots and tiles of rows that stand with their
+ * experts; round takes weights, rows that are NVFP4 already, and unquantized experts. After prepare of a run whose x is ready, round
+ * serves slots by id. */
+cudaError_t moe4_cuda_place_rows(const struct moe4_layer_run *run, cudaStream_t stream);
+cudaError_t moe4_cuda_round_rows(const struct moe4_layer_run *run, cudaStream_t stream);
 /* h from h_wide where that is a step of its own (TENSOR). */
 cudaError_t moe4_cuda_quantize_h(const struct moe4_layer_run *run, cudaStream_t stream);
 
-/* The products, any GPU from sm_80 on: h (or h_wide) from x; o from h. */
+/* The products, any GPU from sm_80 on: h (or h_wide) from x; o from h. Biases of gate and up, every activation, weights on h. */
 cudaError_t moe4_cuda_gate_up(const struct moe4_layer_run *run, cudaStream_t stream);
 cudaError_t moe4_cuda_down(const struct moe4_layer_run *run, cudaStream_t stream);
+/* The same for unquantized experts, in fp32. */
+cudaError_t moe4_cuda_gate_up_wide(const struct moe4_layer_run *run, cudaStream_t stream);
+cudaError_t moe4_cuda_down_wide(const struct moe4_layer_run *run, cudaStream_t stream);
 /* The same on sm_90: gate/up, SwiGLU, the rounding of h and down in one persistent kernel (phases 3), or one of both (1, 2). */
 enum { MOE4_PHASE_GATE_UP = 1, MOE4_PHASE_DOWN = 2 };
 cudaError_t moe4_cuda_decode_sm90(const struct moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream);
@@ -117,15 +156,42 @@ cudaError_t moe4_cuda_decode_sm90(const struct moe4_layer_run *run, int phases, 
 cudaError_t moe4_cuda_combine(const struct moe4_layer_run *run, void *y, moe4_dtype y_dtype, size_t y_ld, const float *weights,
                               const float *shared, cudaStream_t stream);
 
-/* ids [T,k], weights [T,k] from logits [T,E]; bias [E] is host memory; E at most MOE4_MAX_DEVICE_ROUTES. */
-#define MOE4_MAX_DEVICE_ROUTES 3840
-cudaError_t moe4_cuda_select_topk(int32_t *ids, float *weights, const float *logits, size_t n_tokens, const moe4_router_options *o,
-                                  const float *bias, cudaStream_t stream);
+/* The other ends of a run, where `o` gets the bias of down. Each slot's weight * o goes to its own row of y (DIAGONAL: its own columns); or
+ * token t's are summed: in the order of its slots, then the shared expert's, or in the order of its rows in a list that
+ * moe4_cuda_list_rows makes of row_token. */
+struct moe4_combine {
+    const struct moe4_layer_run *run;
+    void *y;
+    moe4_dtype y_dtype;
+    size_t y_ld;
+    const float *weights;              /* by slot; NULL: 1 */
+    const float *shared, *shared_bias; /* [n_tokens, hidden], [hidden]; or NULL */
+    const int32_t *row_token;          /* by slot; NULL: slots by id */
+    int n_tokens;                      /* of y */
+    int *token_start, *token_rows;     /* workspace: [n_tokens + 1], [rows of the run] */
+};
+cudaError_t moe4_cuda_combine_rows(const struct moe4_combine *c, cudaStream_t stream);
+cudaError_t moe4_cuda_list_rows(const struct moe4_combine *c, cudaStream_t stream);
+cudaError_t moe4_cuda_combine_tokens(const struct moe4_combine *c, cudaStream_t stream);
 
-/* y[T,N] = x[T,K] @ w[N,K]^T for unquantized weights: fp32 products and sums, whose order depends on K alone. */
+/* ids [T,k], weights [T,k] from logits [T,E]. */
+struct moe4_selection {
+    int32_t *ids;
+    float *weights;
+    const float *logits;
+    const moe4_router_options *o;     /* host memory; its table is not read */
+    const float *bias, *alt_bias;     /* [E] */
+    const uint8_t *takes_alt_bias;    /* [T], or NULL */
+    const int32_t *token_ids, *table; /* HASH: [T]; [n_token_ids, k] */
+    size_t n_tokens;
+};
+cudaError_t moe4_cuda_select_topk(const struct moe4_selection *s, cudaStream_t stream);
+
+/* y[T,N] = x[T,K] @ w[N,K]^T * factor[T] + bias[N] for unquantized weights: fp32 products and sums, whose order depends on K alone. */
 struct moe4_wide_product {
     void *y;
     const void *x, *w;
+    const float *factor, *bias; /* or NULL */
     moe4_dtype y_dtype, x_dtype, w_dtype;
     size_t x_ld;
     int T, N, K;

@@ -1,5 +1,5 @@
 /* Linear on the device. NVFP4 matrices run as the down product of a layer with one expert that every token visits, h being x; unquantized
- * ones (router gates) as plain fp32 products. Also a router's selection. */
+ * ones (router gates) as plain fp32 products. */
 #include "device.h"
 
 #include "nvfp4_layout.h"
@@ -7,6 +7,7 @@
 struct matrix {
     struct moe4_packed_experts packed; /* NVFP4 */
     void *plain;                       /* otherwise: the matrix as stored */
+    float *bias;                       /* or NULL */
 };
 
 struct prepared {
@@ -69,19 +70,29 @@ static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
     return MOE4_OK;
 }
 
+static moe4_status prepare_biases(moe4_linear *l, struct prepared *p) {
+    for (size_t i = 0; i < l->n_weights; i++) {
+        size_t bytes = l->weight[i].rows * sizeof(float);
+        void *bias = NULL;
+        if (!l->weight[i].bias) continue;
+        MOE4_TRY(moe4_cuda_alloc(l->ctx, &bias, bytes, "bias"));
+        p->matrix[i].bias = bias;
+        CUDA_TRY(l->ctx, cudaMemcpy(bias, l->weight[i].bias, bytes, cudaMemcpyDefault), "copying a bias to the device");
+    }
+    return MOE4_OK;
+}
+
 moe4_status moe4_cuda_linear_prepare(moe4_linear *l) {
-    for (size_t i = 0; i < l->n_weights; i++)
-        MOE4_CHECK(l->ctx, !l->weight[i].bias, MOE4_ERROR_UNSUPPORTED, "weight %zu: a bias does not run on a device yet", i);
     for (size_t i = 0; i < l->n_weights; i++)
         MOE4_CHECK(l->ctx, l->weight[i].rows <= 1 << 24 && l->cols <= 1 << 24, MOE4_ERROR_UNSUPPORTED,
                    "weight %zu: %zu x %zu; on a device at most 2^24 x 2^24", i, l->weight[i].rows, l->cols);
-    MOE4_CHECK(l->ctx, l->o.x_dtype != MOE4_NVFP4, MOE4_ERROR_UNSUPPORTED, "options.x_dtype: NVFP4; on a device F32, BF16 or F16 yet");
     struct prepared *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
     if (!p) return MOE4_ERROR_MEMORY;
     l->prepared = p; /* release frees what a failure leaves */
     struct moe4_cuda_current saved;
     MOE4_TRY(moe4_cuda_enter(l->ctx, &saved));
     moe4_status status = l->weight->dtype == MOE4_NVFP4 ? prepare_nvfp4(l, p) : prepare_plain(l, p);
+    if (status == MOE4_OK) status = prepare_biases(l, p);
     moe4_cuda_leave(saved);
     return status;
 }
@@ -93,7 +104,10 @@ void moe4_cuda_linear_release(moe4_linear *l) {
     if (moe4_cuda_enter(l->ctx, &saved) == MOE4_OK) {
         cudaFree(p->packed);
         cudaFree(p->numbers);
-        for (size_t i = 0; i < l->n_weights; i++) cudaFree(p->matrix[i].plain);
+        for (size_t i = 0; i < l->n_weights; i++) {
+            cudaFree(p->matrix[i].plain);
+            cudaFree(p->matrix[i].bias);
+        }
         moe4_cuda_leave(saved);
     }
     moe4_free(l->ctx, p);
@@ -102,14 +116,20 @@ void moe4_cuda_linear_release(moe4_linear *l) {
 
 /* ---- forward ---- */
 
+/* Whether a product goes to y by way of an fp32 copy. */
+static bool is_narrowed(const moe4_linear *l, size_t i) {
+    return l->o.y_dtype != MOE4_F32 || l->weight[i].bias;
+}
+
 /* The run that rounds x and lists its tiles, and the place of the widest result. */
 static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4_linear *l, size_t n_tokens, void *base) {
     const struct prepared *p = l->prepared;
     struct moe4_carver c = {.base = base};
     size_t widest = 0;
+    bool nvfp4 = l->weight->dtype == MOE4_NVFP4, narrowed = false;
     *bytes = 0;
-    if (l->weight->dtype != MOE4_NVFP4) return true;
-    *r = (struct moe4_layer_run){.w = p->matrix->packed,
+    if (!nvfp4 && l->o.x_dtype != MOE4_NVFP4) return true;
+    *r = (struct moe4_layer_run){.w = nvfp4 ? p->matrix->packed : as_down(l->weight),
                                  .act = l->o.act,
                                  .n_tokens = (int)n_tokens,
                                  .top_k = 1,
@@ -117,10 +137,12 @@ static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4
                                  .x_dtype = l->o.x_dtype,
                                  .x_in_ld = l->o.x_ld};
     moe4_cuda_choose_kernel(r, moe4_cuda_of(l->ctx));
-    for (size_t i = 0; i < l->n_weights; i++)
+    for (size_t i = 0; i < l->n_weights; i++) {
         if (l->weight[i].rows > widest) widest = l->weight[i].rows;
+        narrowed |= nvfp4 && is_narrowed(l, i);
+    }
     moe4_cuda_carve_run(&c, r, false);
-    *o = l->o.y_dtype == MOE4_F32 ? NULL : moe4_carve(&c, n_tokens, widest * sizeof **o);
+    *o = narrowed ? moe4_carve(&c, n_tokens, widest * sizeof **o) : NULL;
     *bytes = c.used;
     return !c.overflow && (double)r->max_tiles * (double)moe4_units(widest) < INT32_MAX;
 }
@@ -136,11 +158,30 @@ static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_lay
     const struct prepared *p = l->prepared;
     const struct moe4_cuda_device *device = moe4_cuda_of(l->ctx);
     r.w = p->matrix[i].packed;
-    r.o = o ? o : c->y[i];
+    r.w.bias_down = p->matrix[i].bias;
+    r.o = is_narrowed(l, i) ? o : c->y[i];
     cudaError_t error =
         moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream) : moe4_cuda_down(&r, c->stream);
-    if (error == cudaSuccess && o) error = moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
-    return error;
+    if (error != cudaSuccess || !is_narrowed(l, i)) return error;
+    if (!r.w.bias_down) return moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
+    const struct moe4_combine rows = {.run = &r, .y = c->y[i], .y_dtype = l->o.y_dtype, .y_ld = l->weight[i].rows};
+    return moe4_cuda_combine_rows(&rows, c->stream);
+}
+
+/* x as a layer's rows whose hidden size is K. */
+static cudaError_t round_x(const struct moe4_linear_call *c, const struct moe4_layer_run *r, bool lists_slots) {
+    struct moe4_layer_run rounds = *r;
+    rounds.w.hidden = r->w.intermediate;
+    rounds.w.hidden_units = r->w.intermediate_units;
+    if (!moe4_cuda_rounds_apart(r)) {
+        rounds.x_in = c->x;
+        return moe4_cuda_prepare(&rounds, c->stream);
+    }
+    struct moe4_layer_run slots = rounds;
+    slots.x_is_ready = 1;
+    rounds.x_rows = *(const moe4_nvfp4_rows *)c->x;
+    cudaError_t error = lists_slots ? moe4_cuda_prepare(&slots, c->stream) : cudaSuccess;
+    return error == cudaSuccess ? moe4_cuda_round_rows(&rounds, c->stream) : error;
 }
 
 static cudaError_t run_nvfp4(const struct moe4_linear_call *c) {
@@ -149,11 +190,7 @@ static cudaError_t run_nvfp4(const struct moe4_linear_call *c) {
     float *o;
     size_t bytes;
     carve(&bytes, &r, &o, l, c->n_tokens, c->workspace);
-    struct moe4_layer_run rounds = r;
-    rounds.w.hidden = r.w.intermediate;
-    rounds.w.hidden_units = r.w.intermediate_units;
-    rounds.x_in = c->x;
-    cudaError_t error = moe4_cuda_prepare(&rounds, c->stream);
+    cudaError_t error = round_x(c, &r, true);
     r.h = r.x;
     r.h_factor = r.x_factor;
     for (size_t i = 0; i < l->n_weights && error == cudaSuccess; i++) error = run_product(c, r, i, o);
@@ -163,15 +200,22 @@ static cudaError_t run_nvfp4(const struct moe4_linear_call *c) {
 static cudaError_t run_plain(const struct moe4_linear_call *c) {
     const moe4_linear *l = c->linear;
     const struct prepared *p = l->prepared;
-    cudaError_t error = cudaSuccess;
+    bool codes = l->o.x_dtype == MOE4_NVFP4; /* their values are written out first */
+    struct moe4_layer_run r = {0};
+    float *o;
+    size_t bytes;
+    carve(&bytes, &r, &o, l, c->n_tokens, c->workspace);
+    cudaError_t error = codes ? round_x(c, &r, false) : cudaSuccess;
     for (size_t i = 0; i < l->n_weights && error == cudaSuccess; i++) {
         struct moe4_wide_product product = {.y = c->y[i],
-                                            .x = c->x,
+                                            .x = codes ? r.x_wide : c->x,
                                             .w = p->matrix[i].plain,
+                                            .factor = r.x_factor,
+                                            .bias = p->matrix[i].bias,
                                             .y_dtype = l->o.y_dtype,
-                                            .x_dtype = l->o.x_dtype,
+                                            .x_dtype = codes ? MOE4_F32 : l->o.x_dtype,
                                             .w_dtype = l->weight[i].dtype,
-                                            .x_ld = l->o.x_ld,
+                                            .x_ld = codes ? (size_t)r.w.intermediate_units * MOE4_UNIT_K : l->o.x_ld,
                                             .T = (int)c->n_tokens,
                                             .N = (int)l->weight[i].rows,
                                             .K = (int)l->cols};
@@ -203,7 +247,7 @@ moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c) {
     const moe4_ctx *ctx = l->ctx;
     if (c->n_tokens) {
         if (c->workspace) MOE4_TRY(moe4_cuda_check_pointer(ctx, c->workspace, "moe4_linear_forward: workspace"));
-        MOE4_TRY(moe4_cuda_check_pointer(ctx, c->x, "moe4_linear_forward: x"));
+        MOE4_TRY(moe4_cuda_check_x(ctx, c->x, l->o.x_dtype, "moe4_linear_forward: x"));
         for (size_t i = 0; i < l->n_weights; i++) MOE4_TRY(moe4_cuda_check_pointer(ctx, c->y[i], "moe4_linear_forward: y"));
     }
     struct moe4_cuda_current saved;
@@ -213,24 +257,4 @@ moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c) {
     if (status == MOE4_OK && c->n_saturated) status = count_saturated(c);
     moe4_cuda_leave(saved);
     return status;
-}
-
-/* ---- routers ---- */
-
-moe4_status moe4_cuda_select(const struct moe4_select_call *c) {
-    const moe4_router *r = c->router;
-    const moe4_ctx *ctx = r->ctx;
-    if (!c->n_tokens) return MOE4_OK;
-    MOE4_CHECK(ctx, r->o.n_experts <= MOE4_MAX_DEVICE_ROUTES, MOE4_ERROR_UNSUPPORTED, "router: %zu experts, on a device at most %d",
-               r->o.n_experts, MOE4_MAX_DEVICE_ROUTES);
-    MOE4_CHECK(ctx, r->o.kind != MOE4_ROUTER_HASH && !c->alt_bias, MOE4_ERROR_UNSUPPORTED, "router: %s does not run on a device yet",
-               c->alt_bias ? "a second bias" : "choosing by token id");
-    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->topk_ids, "topk_ids"));
-    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->topk_weights, "topk_weights"));
-    MOE4_TRY(moe4_cuda_check_pointer(ctx, c->logits, "logits"));
-    struct moe4_cuda_current saved;
-    MOE4_TRY(moe4_cuda_enter(ctx, &saved));
-    cudaError_t error = moe4_cuda_select_topk(c->topk_ids, c->topk_weights, c->logits, c->n_tokens, &r->o, r->bias, c->stream);
-    moe4_cuda_leave(saved);
-    return moe4_cuda_check(ctx, error, "router");
 }

@@ -76,6 +76,14 @@ moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const
     return MOE4_OK;
 }
 
+moe4_status moe4_cuda_check_x(const moe4_ctx *ctx, const void *x, moe4_dtype dtype, const char *what) {
+    if (dtype != MOE4_NVFP4) return moe4_cuda_check_pointer(ctx, x, what);
+    const moe4_nvfp4_rows *rows = x;
+    MOE4_TRY(moe4_cuda_check_pointer(ctx, rows->codes, "x: codes"));
+    MOE4_TRY(moe4_cuda_check_pointer(ctx, rows->scales, "x: scales"));
+    return moe4_cuda_check_pointer(ctx, rows->global, "x: global");
+}
+
 /* ---- memory for callers ---- */
 
 static moe4_status memory_alloc(moe4_ctx *ctx, void **data_ret, size_t bytes) {
@@ -106,7 +114,7 @@ static moe4_status memory_copy(moe4_ctx *ctx, void *dst, const void *src, size_t
 
 static const struct moe4_backend backend = {
     .name = "cuda",
-    .moe_check = moe4_cuda_moe_check,
+    .is_device = true,
     .experts_prepare = moe4_cuda_experts_prepare,
     .experts_release = moe4_cuda_experts_release,
     .expert_replaced = moe4_cuda_expert_replaced,
@@ -123,10 +131,16 @@ static const struct moe4_backend backend = {
     .linear_release = moe4_cuda_linear_release,
     .linear_bytes = moe4_cuda_linear_bytes,
     .linear_forward = moe4_cuda_linear_forward,
+    .grouped_prepare = moe4_cuda_grouped_prepare,
+    .grouped_release = moe4_cuda_grouped_release,
+    .grouped_bytes = moe4_cuda_grouped_bytes,
+    .grouped_forward = moe4_cuda_grouped_forward,
     .scales_check = moe4_cuda_scales_check,
     .memory_alloc = memory_alloc,
     .memory_free = memory_free,
     .memory_copy = memory_copy,
+    .router_prepare = moe4_cuda_router_prepare,
+    .router_release = moe4_cuda_router_release,
     .select = moe4_cuda_select,
     .amax = moe4_cuda_amax,
     .codec_look = moe4_cuda_codec_look,
@@ -177,8 +191,9 @@ static void plugin_close(moe4_ctx *ctx) {
 #define TEXT(x) TEXT_(x)
 extern const struct moe4_plugin moe4_plugin;
 __attribute__((visibility("default"))) const struct moe4_plugin moe4_plugin = {
-    MOE4_PLUGIN_ABI,  TEXT(MOE4_VERSION_MAJOR) "." TEXT(MOE4_VERSION_MINOR) "." TEXT(MOE4_VERSION_PATCH),
-    sizeof(moe4_ctx), sizeof(struct moe4_backend),
-    sizeof(moe4_moe), sizeof(moe4_linear),
-    plugin_open,      plugin_close,
+    MOE4_PLUGIN_ABI,      TEXT(MOE4_VERSION_MAJOR) "." TEXT(MOE4_VERSION_MINOR) "." TEXT(MOE4_VERSION_PATCH),
+    sizeof(moe4_ctx),     sizeof(struct moe4_backend),
+    sizeof(moe4_moe),     sizeof(moe4_linear),
+    sizeof(moe4_grouped), sizeof(moe4_router),
+    plugin_open,          plugin_close,
 };

@@ -10,17 +10,12 @@
 #include "activation.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
+#include "slots.cuh"
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
 
 /* ---- dispatch ---- */
-
-static __device__ int local_expert(const moe4_layer_run &run, int slot) {
-    if (!run.ids) return 0;
-    int64_t id = run.ids_are_64bit ? ((const int64_t *)run.ids)[slot] : ((const int32_t *)run.ids)[slot];
-    return id >= run.first_expert && id < run.first_expert + run.w.n ? (int)(id - run.first_expert) : -1;
-}
 
 /* Exclusive sums of a and b over the block; totals to all. */
 static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
@@ -102,7 +97,7 @@ static __device__ void dispatch(const moe4_layer_run &run) {
             run.h_amax[i] = 0;
             run.h_saturated[i] = 0;
         }
-    if (threadIdx.x == 0) *run.state = {run.owner, run.n_tokens, base.y, base.x, hit, 0};
+    if (threadIdx.x == 0) *run.state = {run.owner, run.n_tokens, base.y, base.x, hit, 0, 0, 0};
 }
 
 /* ---- rows of x ---- */

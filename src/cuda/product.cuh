@@ -8,8 +8,9 @@
 #ifndef MOE4_CUDA_PRODUCT_CUH
 #define MOE4_CUDA_PRODUCT_CUH
 
-#include "activation.cuh"
+#include "gate.cuh"
 #include "ptx.cuh"
+#include "slots.cuh"
 
 #define MOE4_SLICES 4 /* of k: the warps of a group */
 #define MOE4_GROUP_ROWS 32
@@ -76,17 +77,6 @@ template <int NT> static __device__ __forceinline__ float2 sum_partials(const fl
     return sum;
 }
 
-/* SwiGLU and GELU in the CPU's order of operations. Comparisons rather than fminf: a NaN stays. */
-static __device__ __forceinline__ float gated_unit(const moe4_layer_run &run, float g, float u) {
-    if (run.limit > 0.f) {
-        g = g > run.limit ? run.limit : g;
-        u = u > run.limit ? run.limit : u < -run.limit ? -run.limit : u;
-    }
-    float s = run.alpha * g;
-    if (run.activation == MOE4_GELU_TANH) s = 1.5957691216f * (g + 0.044715f * (g * g * g)); /* GELU(g) by tanh is g * sigmoid(2 z) */
-    return g / (1.f + expf(-s)) * (u + run.beta);
-}
-
 /* One value of h; the 16 lanes of its half warp have its neighbours. `mask`: the lanes that are here. */
 static __device__ __forceinline__ void store_h(const moe4_layer_run &run, uint32_t mask, int row, int feature, float2 sum, float gate_alpha,
                                                float up_alpha) {
@@ -113,11 +103,6 @@ static __device__ __forceinline__ void store_o(const moe4_layer_run &run, int sl
 /* First of a pair's two output rows, from the first row of its group. */
 static __device__ __forceinline__ int pair_row(int group_row, int pair) {
     return group_row + (pair >> 3) * 16 + (pair & 7);
-}
-
-/* The row of x that a slot reads. */
-static __device__ __forceinline__ int x_row(const moe4_layer_run &run, int slot) {
-    return run.act == MOE4_ACT_STATIC ? slot : slot / run.top_k;
 }
 
 /* A ticket of a phase -> its tile and row tile: an expert's items go row tile by row tile, so that its column tiles meet in L2. */

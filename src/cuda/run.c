@@ -15,38 +15,50 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     (void)device;
 }
 
+/* Of the routed experts' products. */
 const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
-    (void)r;
-    return moe4_cuda_uses_sm90(device) ? "decode sm_90" : "portable";
+    if (r->act == MOE4_ACT_BF16) return "fp32";
+    if (!moe4_cuda_uses_sm90(device)) return "portable";
+    return moe4_cuda_has_options(r) ? "portable, decode sm_90" : "decode sm_90";
+}
+
+/* Prepare serves slots by id whose rows are neither NVFP4 already nor weighted, nor stay fp32; round_rows everything else. */
+bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r) {
+    return r->slots_are != MOE4_SLOTS_BY_ID || r->x_by_slot || r->act == MOE4_ACT_BF16 || r->x_dtype == MOE4_NVFP4;
 }
 
 /* The one walk for the size query and the carve-up; counts for n_tokens and what choose_kernel set. Without gate/up (a linear), h is x. */
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up) {
     size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k, columns = (size_t)r->tile_columns;
-    size_t experts = slots < (size_t)r->w.n ? slots : (size_t)r->w.n, x_rows = r->act == MOE4_ACT_STATIC ? slots : tokens;
+    size_t experts = slots < (size_t)r->w.n ? slots : (size_t)r->w.n;
+    size_t x_rows = r->act == MOE4_ACT_STATIC || r->x_by_slot ? slots : tokens;
     size_t x_units = (size_t)(with_gate_up ? r->w.hidden_units : r->w.intermediate_units);
-    bool wide = r->act != MOE4_ACT_W4A16;
+    moe4_act act_h = r->act_h == MOE4_ACT_DEFAULT ? r->act : r->act_h;
+    bool plain = r->act == MOE4_ACT_BF16, rounds_x = !plain && r->act != MOE4_ACT_W4A16;
+    bool plain_h = act_h == MOE4_ACT_BF16, rounds_h = !plain_h && act_h != MOE4_ACT_W4A16;
     r->max_tiles = (int)(slots / columns + experts);
     r->state = moe4_carve(c, 1, sizeof *r->state); /* first: the report looks for it at the workspace's start */
     r->tiles = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->tiles);
     r->slots = moe4_carve(c, slots, sizeof *r->slots);
     r->expert_slots = moe4_carve(c, (size_t)r->w.n, sizeof *r->expert_slots);
+    r->row_start = r->slots_are != MOE4_SLOTS_BY_ID ? moe4_carve(c, (size_t)r->w.n + 1, sizeof *r->row_start) : NULL;
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
     if (!r->x_is_ready) {
-        r->x = moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
-        r->x_factor = wide ? moe4_carve(c, x_rows, sizeof *r->x_factor) : NULL;
+        r->x = plain ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
+        r->x_wide = plain ? moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x_wide) : NULL;
+        r->x_factor = rounds_x || r->x_dtype == MOE4_NVFP4 ? moe4_carve(c, x_rows, sizeof *r->x_factor) : NULL;
         r->x_saturated = moe4_carve(c, x_rows, sizeof *r->x_saturated);
-        r->x_bad = moe4_carve(c, tokens, sizeof *r->x_bad);
-        r->x_amax = moe4_carve(c, 1, sizeof *r->x_amax);
+        r->x_bad = moe4_carve(c, x_rows, sizeof *r->x_bad);
+        r->x_amax = moe4_carve(c, r->slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)r->w.n : 1, sizeof *r->x_amax);
     }
     if (with_gate_up) {
         size_t width = (size_t)r->w.intermediate_units * MOE4_UNIT_K;
-        r->h = moe4_carve(c, slots, width * sizeof *r->h);
-        r->h_wide = wide ? moe4_carve(c, slots, width * sizeof *r->h_wide) : NULL;
-        r->h_amax = wide ? moe4_carve(c, slots + 1, sizeof *r->h_amax) : NULL;
-        r->h_factor = wide ? moe4_carve(c, slots, sizeof *r->h_factor) : NULL;
-        r->h_saturated = wide ? moe4_carve(c, slots, sizeof *r->h_saturated) : NULL;
+        r->h = plain_h ? NULL : moe4_carve(c, slots, width * sizeof *r->h);
+        r->h_wide = rounds_h || plain_h ? moe4_carve(c, slots, width * sizeof *r->h_wide) : NULL;
+        r->h_amax = rounds_h ? moe4_carve(c, slots + 1, sizeof *r->h_amax) : NULL;
+        r->h_factor = rounds_h ? moe4_carve(c, slots, sizeof *r->h_factor) : NULL;
+        r->h_saturated = rounds_h ? moe4_carve(c, slots, sizeof *r->h_saturated) : NULL;
         r->o = moe4_carve(c, slots, (size_t)r->w.hidden * sizeof *r->o);
     }
 }

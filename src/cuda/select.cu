@@ -55,6 +55,7 @@ static __device__ float2 scores(const moe4_router_options &o, float l, float pro
     case MOE4_ROUTER_SIGMOID_BIAS: s = 1.f / (1.f + expf(-l)); return make_float2(s, s + bias); /* the bias chooses, it never weighs */
     case MOE4_ROUTER_SIGMOID_TOP1: return make_float2(1.f / (1.f + expf(-l)), l);               /* sigmoids of large logits tie */
     case MOE4_ROUTER_SQRTSOFTPLUS_BIAS:
+    case MOE4_ROUTER_HASH:
         l /= o.gate_temp;
         s = sqrtf(l > 20.f ? l : log1pf(expf(l)));
         return make_float2(s, s + bias);
@@ -89,21 +90,30 @@ static __device__ void limit_groups(float *choice, float *group_score, const moe
     __syncthreads();
 }
 
-/* The bias is the host's; as an argument it goes with the launch, also into a graph. */
-template <int N> struct bias_argument { float v[N]; };
+/* The k best of the choices, one after the other. */
+static __device__ void choose(int32_t *ids, float *choice_weight, float *choice, const float *score, int n, int k) {
+    for (int j = 0; j < k; j++) {
+        candidate c = best_of(choice, n);
+        if (threadIdx.x == 0) {
+            choice[c.index] = -CUDART_INF_F;
+            ids[j] = c.index;
+            choice_weight[j] = score[c.index];
+        }
+        __syncthreads();
+    }
+}
 
-template <int N>
 static __global__ void __launch_bounds__(THREADS)
-    select_kernel(int32_t *ids, float *weights, const float *all_logits, const __grid_constant__ moe4_router_options o,
-                  const __grid_constant__ bias_argument<N> bias) {
+    select_kernel(const __grid_constant__ moe4_selection s, const __grid_constant__ moe4_router_options o) {
     extern __shared__ float memory[];
     int n = (int)o.n_experts, k = (int)o.top_k;
     float *score = memory, *choice = memory + n, *group_score = memory + 2 * n, *choice_weight = group_score + o.n_group;
-    const float *logits = all_logits + (size_t)blockIdx.x * o.n_experts;
-    ids += (size_t)blockIdx.x * o.top_k;
-    weights += (size_t)blockIdx.x * o.top_k;
+    size_t t = blockIdx.x;
+    const float *logits = s.logits + t * o.n_experts, *bias = s.takes_alt_bias && s.takes_alt_bias[t] ? s.alt_bias : s.bias;
+    int32_t *ids = s.ids + t * o.top_k;
+    float *weights = s.weights + t * o.top_k;
 
-    bool bad = false;
+    bool bad = s.table && (s.token_ids[t] < 0 || (size_t)s.token_ids[t] >= o.n_token_ids);
     for (int e = threadIdx.x; e < n; e += THREADS) bad |= !isfinite(logits[e]);
     if (__syncthreads_or(bad)) { /* experts must run for the row to come out NaN */
         for (int j = threadIdx.x; j < k; j += THREADS) {
@@ -117,21 +127,21 @@ static __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     for (int e = threadIdx.x; e < n; e += THREADS) {
-        float2 s = scores(o, logits[e], score[e], bias.v[e]);
-        score[e] = s.x;
-        choice[e] = s.y;
+        float2 both = scores(o, logits[e], score[e], bias[e]);
+        score[e] = both.x;
+        choice[e] = both.y;
     }
     __syncthreads();
     if (o.topk_group < o.n_group) limit_groups(choice, group_score, o);
 
-    for (int j = 0; j < k; j++) {
-        candidate c = best_of(choice, n);
-        if (threadIdx.x == 0) {
-            choice[c.index] = -CUDART_INF_F;
-            ids[j] = c.index;
-            choice_weight[j] = score[c.index];
+    if (s.table) {
+        for (int j = threadIdx.x; j < k; j += THREADS) {
+            ids[j] = s.table[(size_t)s.token_ids[t] * o.top_k + (size_t)j];
+            choice_weight[j] = score[ids[j]];
         }
         __syncthreads();
+    } else {
+        choose(ids, choice_weight, choice, score, n, k);
     }
     if (o.kind == MOE4_ROUTER_TOPK_SOFTMAX) {
         softmax(choice_weight, choice_weight, k);
@@ -143,20 +153,14 @@ static __global__ void __launch_bounds__(THREADS)
     for (int j = threadIdx.x; j < k; j += THREADS) weights[j] = (divide ? choice_weight[j] / sum : choice_weight[j]) * o.scale;
 }
 
-template <int N>
-static cudaError_t launch(int32_t *ids, float *weights, const float *logits, size_t n_tokens, const moe4_router_options *o,
-                          const float *bias, cudaStream_t stream) {
-    bias_argument<N> argument = {};
-    for (size_t e = 0; e < o->n_experts; e++) argument.v[e] = bias[e];
+cudaError_t moe4_cuda_select_topk(const moe4_selection *s, cudaStream_t stream) {
+    const moe4_router_options *o = s->o;
+    if (!s->n_tokens) return cudaSuccess;
     size_t shared_bytes = (2 * o->n_experts + o->n_group + o->top_k) * sizeof(float);
-    select_kernel<N><<<(unsigned)n_tokens, THREADS, shared_bytes, stream>>>(ids, weights, logits, *o, argument);
+    if (shared_bytes > 40000) {
+        cudaError_t error = cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    select_kernel<<<(unsigned)s->n_tokens, THREADS, shared_bytes, stream>>>(*s, *o);
     return cudaGetLastError();
-}
-
-cudaError_t moe4_cuda_select_topk(int32_t *ids, float *weights, const float *logits, size_t n_tokens, const moe4_router_options *o,
-                                  const float *bias, cudaStream_t stream) {
-    if (!n_tokens) return cudaSuccess;
-    if (o->n_experts <= 512) return launch<512>(ids, weights, logits, n_tokens, o, bias, stream);
-    return o->n_experts <= MOE4_MAX_DEVICE_ROUTES ? launch<MOE4_MAX_DEVICE_ROUTES>(ids, weights, logits, n_tokens, o, bias, stream)
-                                                  : cudaErrorInvalidValue;
 }

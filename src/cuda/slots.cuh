@@ -1,0 +1,44 @@
+/* Which local expert a slot goes to, and which row of x it reads. */
+#ifndef MOE4_CUDA_SLOTS_CUH
+#define MOE4_CUDA_SLOTS_CUH
+
+#include "kernels.h"
+
+/* By id; -1: another rank's, or none. */
+static __device__ __forceinline__ int local_expert(const moe4_layer_run &run, int slot) {
+    if (!run.ids) return 0;
+    int64_t id = run.ids_are_64bit ? ((const int64_t *)run.ids)[slot] : ((const int32_t *)run.ids)[slot];
+    return id >= run.first_expert && id < run.first_expert + run.w.n ? (int)(id - run.first_expert) : -1;
+}
+
+/* Of any kind, once the slots are listed. */
+static __device__ __forceinline__ int slot_expert(const moe4_layer_run &run, int slot) {
+    switch (run.slots_are) {
+    case MOE4_SLOTS_DIAGONAL: return slot % run.top_k;
+    case MOE4_SLOTS_BATCHED: return slot % run.max_rows < run.expert_slots[slot / run.max_rows] ? slot / run.max_rows : -1;
+    case MOE4_SLOTS_SORTED: {
+        if (slot < run.row_start[0] || slot >= run.row_start[run.w.n]) return -1;
+        int first = 0, end = run.w.n; /* row_start[first] <= slot < row_start[end] */
+        while (end - first > 1) {
+            int middle = (first + end) / 2;
+            if (run.row_start[middle] <= slot)
+                first = middle;
+            else
+                end = middle;
+        }
+        return first;
+    }
+    default: return local_expert(run, slot);
+    }
+}
+
+static __device__ __forceinline__ bool x_is_by_slot(const moe4_layer_run &run) {
+    return run.act == MOE4_ACT_STATIC || run.x_by_slot;
+}
+
+/* The row of x that a slot reads. */
+static __device__ __forceinline__ int x_row(const moe4_layer_run &run, int slot) {
+    return x_is_by_slot(run) ? slot : slot / run.top_k;
+}
+
+#endif
