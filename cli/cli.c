@@ -151,6 +151,7 @@ int cli_open_ctx(moe4_ctx **ctx_ret, const struct cli_common *common) {
     *ctx_ret = NULL;
     options.n_threads = common->n_threads;
     options.device = common->device;
+    options.cache = common->cache;
     options.log = print_log; /* where a context that cannot be made says why */
     if (common->isa) {
         options.isa_mask = moe4_isa_mask(common->isa);

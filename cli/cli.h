@@ -74,11 +74,14 @@ struct cli_common {
     const char *isa;  /* NULL: the library chooses */
     bool json;
     const char *device; /* of the commands that take --device; NULL: the CPU */
+    const char *cache;  /* of the commands that take --cache; NULL: none */
 };
 /* --device names something other than the CPU. */
 bool cli_on_device(const struct cli_common *common);
 #define CLI_DEVICE_OPTION(c) \
     { "device", CLI_TEXT, &(c)->device, "DEVICE", "cpu (default), cuda or cuda:N" }
+#define CLI_CACHE_OPTION(c) \
+    { "cache", CLI_TEXT, &(c)->cache, "FOLDER", "keep packed weights in FOLDER, and map them from there the next time" }
 #define CLI_COMMON_OPTIONS(c)                                                                                           \
     {"threads", CLI_SIZE, &(c)->n_threads, "N", "use N threads (all that this process may use)"},                       \
         {"isa", CLI_TEXT, &(c)->isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"}, { \

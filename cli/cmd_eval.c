@@ -78,6 +78,7 @@ int cmd_eval(int argc, char **argv) {
         {"batch", CLI_SIZE, &o.batch, "N", "run N windows together (8; 32 in mode tensor, where it changes the result)"},
         {"limit", CLI_SIZE, &o.limit, "N", "predict at most N bytes or tokens"},
         CLI_DEVICE_OPTION(&o.common),
+        CLI_CACHE_OPTION(&o.common),
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {

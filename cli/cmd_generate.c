@@ -166,6 +166,7 @@ int cmd_generate(int argc, char **argv) {
         {"seed", CLI_SIZE, &o.seed, "S", "the same seed gives the same text, whatever the threads (1)"},
         {"act", CLI_TEXT, &o.act, "MODE", CLI_LM_ACT_HELP},
         CLI_DEVICE_OPTION(&o.common),
+        CLI_CACHE_OPTION(&o.common),
         CLI_COMMON_OPTIONS(&o.common),
     };
     const struct cli_usage usage = {

@@ -64,6 +64,7 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"tol", CLI_NUMBER, &tol, "X", "largest relative L2 that passes --check (2e-3)"},
         {"repeat", CLI_SIZE, &a->repeat, "N", "run N times and report the fastest (1)"},
         CLI_DEVICE_OPTION(&a->common),
+        CLI_CACHE_OPTION(&a->common),
         CLI_COMMON_OPTIONS(&a->common),
     };
     const struct cli_usage usage = {

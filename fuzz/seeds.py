@@ -81,6 +81,10 @@ def main():
                                "qk_rope_head_dim": 2, "v_head_dim": 2}  # fmt: skip
     for name, config in {"glm": glm(True)[0], "qwen": qwen, "deepseek": deepseek, "nested": {"text_config": qwen}}.items():
         files[f"config/{name}"] = json.dumps(config).encode()
+    files["cache/whole"] = struct.pack("<L", 2**32 - 1)
+    files["cache/cut"] = struct.pack("<L", 4096)
+    for i, at in enumerate((0, 8, 12, 16, 24, 40, 56, 88, 4095, 4096, 5000)):
+        files[f"cache/changed-{i}"] = struct.pack("<L", 2**32 - 1) + at.to_bytes(3, "little") + b"\x01"
     for name, data in files.items():
         path = CORPUS / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,11 @@ typedef void (*moe4_task_fn)(void *arg, size_t task);
  * The floating-point settings of its threads do not matter. */
 typedef void (*moe4_run_fn)(void *user, size_t n_tasks, moe4_task_fn fn, void *arg);
 
+/* The folder of options.cache must be there; the copy of its path is the context's. What layers, linears and grouped linears pack of NVFP4
+ * weights is written to a file in it, and found again by a digest of all that went in: codes, scales, shapes and the layout's name; and
+ * checked, byte for byte, by a digest of what is in it. Contexts, processes and users of other ISAs may share the folder, at once too. No
+ * call fails for its sake: a file that is damaged is replaced, one that cannot be written is not, and the log hears why. Files may be
+ * deleted at any time, but not written to; who can write there decides what is computed. On a device it is not used yet. */
 typedef struct moe4_ctx_options {
     size_t struct_size;
     size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one. A thread
@@ -98,9 +103,10 @@ typedef struct moe4_ctx_options {
     void *log_user;
     moe4_run_fn run; /* NULL: threads of moe4's own; otherwise none are started, and n_threads is how many this runs on at once */
     void *run_user;
+    const char *cache; /* a folder that keeps packed weights, so that the next object of the same weights maps them; NULL: none */
 } moe4_ctx_options;
 #define MOE4_CTX_OPTIONS_INIT \
-    { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL }
+    { sizeof(moe4_ctx_options), 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL }
 
 /* Makes a context. Errors: ARGUMENT (an unknown ISA bit, an unknown device, half an allocator, more threads than 1024), MEMORY, DEVICE (no
  * plug-in, driver or device, or one too old). As there is no context to ask, the sentence goes to options->log. */

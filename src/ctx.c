@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "cache.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
 #include "internal.h"
@@ -121,6 +122,7 @@ static moe4_status ctx_init(moe4_ctx *ctx, const moe4_ctx_options *o) {
     snprintf(ctx->device_name, sizeof ctx->device_name, "cpu");
     MOE4_TRY(choose_isa(ctx, o->isa_mask));
     MOE4_TRY(moe4_pool_create(&ctx->pool, ctx, o->n_threads ? o->n_threads : moe4_cpu_threads(), o->run, o->run_user));
+    if (o->cache) MOE4_TRY(moe4_cache_open(ctx, o->cache));
     if (o->device && strcmp(o->device, "cpu") != 0) MOE4_TRY(moe4_device_open(ctx, o->device));
     return moe4_errors_init(ctx); /* last: until then a failure goes to the log */
 }
@@ -157,6 +159,7 @@ void moe4_ctx_destroy(moe4_ctx *ctx) {
     moe4_device_close(ctx);
     moe4_pool_destroy(ctx->pool, ctx);
     moe4_free(ctx, (void *)ctx->kernels);
+    moe4_free(ctx, ctx->cache);
     moe4_errors_free(ctx);
     moe4_ctx copy = *ctx;
     moe4_free(&copy, ctx);

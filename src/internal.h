@@ -21,6 +21,7 @@ struct moe4_ctx {
     void *alloc_user;
     moe4_log_fn log;
     void *log_user;
+    char *cache;               /* the folder of packed weights, or NULL: cache.h */
     struct moe4_error *errors; /* a list, one entry for each thread that ever failed */
     const struct moe4_backend *backend;
     struct moe4_pool *pool;

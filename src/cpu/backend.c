@@ -40,7 +40,7 @@ static moe4_status experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) 
 
 static void experts_release(moe4_ctx *ctx, struct moe4_experts *experts) {
     struct moe4_cpu_experts *p = experts->prepared;
-    if (p) moe4_free(ctx, p->packed);
+    if (p) moe4_store_free(ctx, &p->packed);
     moe4_free(ctx, p);
 }
 

@@ -300,6 +300,7 @@ static const struct moe4_gemm w4a4 = {
     .name = "w4a4 avx2",
     .tile_cols = 16,
     .many_cols = PANEL_COLS,
+    .layout = MOE4_TILE16_LAYOUT,
     .packed_bytes = moe4_tile16_bytes,
     .pack = moe4_tile16_pack,
     .row_bytes = row_bytes,

@@ -179,6 +179,7 @@ static void pack_codes(const struct moe4_kernels *kernels, void *row, float *fac
 static const struct moe4_gemm w4a4 = {
     .name = "w4a4 avx512vnni",
     .tile_cols = 16,
+    .layout = MOE4_TILE16_LAYOUT,
     .packed_bytes = moe4_tile16_bytes,
     .pack = moe4_tile16_pack_avx512,
     .row_bytes = row_bytes,

@@ -225,10 +225,10 @@ static void pack_codes(const struct moe4_kernels *kernels, void *row, float *fac
     moe4_chunks_pack_codes(row, factor_ret, codes, scales, k, pack_chunk, sizeof(struct chunk));
 }
 
-#define FAMILY(title, product)                                                                                               \
-    {                                                                                                                        \
-        .name = title, .tile_cols = 16, .packed_bytes = moe4_tile16_bytes, .pack = moe4_tile16_pack, .row_bytes = row_bytes, \
-        .pack_row = pack_row, .pack_codes = pack_codes, .gemm = product,                                                     \
+#define FAMILY(title, product)                                                                                                     \
+    {                                                                                                                              \
+        .name = title, .tile_cols = 16, .layout = MOE4_TILE16_LAYOUT, .packed_bytes = moe4_tile16_bytes, .pack = moe4_tile16_pack, \
+        .row_bytes = row_bytes, .pack_row = pack_row, .pack_codes = pack_codes, .gemm = product,                                   \
     }
 static const struct moe4_gemm w4a4_dot = FAMILY("w4a4 neondot", gemm_dot);
 static const struct moe4_gemm w4a4_i8mm = FAMILY("w4a4 neoni8mm", gemm_i8mm);

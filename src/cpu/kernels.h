@@ -50,7 +50,10 @@ struct moe4_gemm {
     size_t tile_cols; /* divides MOE4_TASK_COLS; col0 and n_cols are multiples of it, but for the last columns of a matrix */
     size_t many_cols; /* columns of a call with many rows; 0: as many as keep their weights in the second-level cache */
 
-    /* Bytes of the packed form of w (64-byte aligned); 0: read in place. pack writes columns (rows of W) [col0, col0 + n_cols). */
+    /* Bytes of the packed form of w (64-byte aligned); 0: read in place. pack writes columns (rows of W) [col0, col0 + n_cols), the same
+     * bytes in every family that states this layout; a change of them wants another name, as files keep them (cache.h). NULL: all is read
+     * in place. */
+    const char *layout;
     size_t (*packed_bytes)(const moe4_weight *w);
     void (*pack)(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
 

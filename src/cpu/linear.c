@@ -25,7 +25,7 @@ moe4_status moe4_cpu_matrices_create(void **matrices_ret, moe4_ctx *ctx, const m
 
 void moe4_cpu_matrices_destroy(void *matrices, const moe4_ctx *ctx) {
     struct moe4_cpu_matrices *p = matrices;
-    if (p) moe4_free(ctx, p->packed);
+    if (p) moe4_store_free(ctx, &p->packed);
     moe4_free(ctx, p);
 }
 

@@ -4,11 +4,12 @@
 
 #include "../backend.h"
 #include "kernels.h"
+#include "pack.h"
 
 /* Matrices of one format, packed as their family wants them. */
 struct moe4_cpu_matrices {
     const struct moe4_gemm *gemm;
-    void *packed; /* all packed forms, or NULL */
+    struct moe4_store packed;
     struct moe4_matrix matrix[];
 };
 /* *matrices_ret is for destroy even on failure. */

@@ -4,6 +4,7 @@
 
 #include "../backend.h"
 #include "kernels.h"
+#include "pack.h"
 
 struct moe4_cpu_expert {
     struct moe4_matrix gate, up, down;
@@ -12,7 +13,7 @@ struct moe4_cpu_expert {
 struct moe4_cpu_experts {
     const struct moe4_kernels *kernels;
     const struct moe4_gemm *x, *h; /* the products that read x and h */
-    void *packed;                  /* all matrices' packed forms, or NULL */
+    struct moe4_store packed;      /* all matrices' packed forms */
     struct moe4_cpu_expert expert[];
 };
 

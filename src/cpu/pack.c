@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../cache.h"
 #include "pool.h"
 
 /* ---- the store ---- */
@@ -49,14 +50,44 @@ void moe4_repack(moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
     moe4_pool_run(ctx->pool, tasks, SIZE_MAX, pack_task, &all);
 }
 
-moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
-    size_t bytes = 0;
-    bool fits = true;
-    *store_ret = NULL;
-    for (size_t i = 0; i < n; i++) fits &= moe4_add(&bytes, bytes, packs[i].gemm->packed_bytes(&packs[i].matrix->w));
-    MOE4_CHECK(ctx, fits, MOE4_ERROR_MEMORY, "packed weights: %zu matrices do not fit into memory", n);
-    if (!bytes) return MOE4_OK;
-    char *at = *store_ret = alloc_store(ctx, bytes);
+void moe4_store_free(const moe4_ctx *ctx, struct moe4_store *store) {
+    if (store->mapped) {
+        moe4_cache_unmap(store->data, store->bytes);
+    } else {
+        moe4_free(ctx, store->data);
+    }
+}
+
+/* What the packed bytes depend on: each matrix's shape and layout, its codes and its scales. */
+static moe4_status cache_key(struct moe4_cache_key *key, const moe4_ctx *ctx, const struct moe4_pack *packs, size_t n, size_t bytes) {
+    struct about {
+        char layout[MOE4_CACHE_LAYOUT];
+        uint64_t rows, cols;
+    } *about = moe4_calloc(ctx, n, sizeof *about, "keys of packed weights");
+    struct moe4_piece *pieces = moe4_calloc(ctx, 2 * n + 1, sizeof *pieces, "keys of packed weights");
+    moe4_status status = about && pieces ? MOE4_OK : MOE4_ERROR_MEMORY;
+    *key = (struct moe4_cache_key){.bytes = bytes};
+    for (size_t i = 0; status == MOE4_OK && i < n; i++) {
+        const moe4_weight *w = &packs[i].matrix->w;
+        if (!packs[i].gemm->packed_bytes(w)) continue; /* read in place */
+        strncpy(about[i].layout, packs[i].gemm->layout, sizeof about[i].layout - 1);
+        memcpy(key->layout, about[i].layout, sizeof key->layout);
+        about[i].rows = w->rows;
+        about[i].cols = w->cols;
+        pieces[2 * i] = (struct moe4_piece){w->data, w->rows * w->cols / 2};
+        pieces[2 * i + 1] = (struct moe4_piece){w->scale, w->rows * w->cols / MOE4_BLOCK};
+    }
+    if (status == MOE4_OK) {
+        pieces[2 * n] = (struct moe4_piece){about, n * sizeof *about};
+        status = moe4_digest_pieces(ctx, &key->content, pieces, 2 * n + 1);
+    }
+    moe4_free(ctx, about);
+    moe4_free(ctx, pieces);
+    return status;
+}
+
+static moe4_status pack_store(struct moe4_store *store, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
+    char *at = store->data = store->mapped ? store->data : alloc_store(ctx, store->bytes);
     if (!at) return MOE4_ERROR_MEMORY;
     for (size_t i = 0; i < n; i++) {
         struct moe4_matrix *m = packs[i].matrix;
@@ -64,7 +95,25 @@ moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, 
         m->packed = own ? at : NULL; /* NULL: read in place */
         at += own;
     }
-    moe4_repack(ctx, packs, n);
+    if (!store->mapped) moe4_repack(ctx, packs, n);
+    return MOE4_OK;
+}
+
+moe4_status moe4_pack(struct moe4_store *store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n) {
+    struct moe4_cache_key key;
+    size_t bytes = 0;
+    bool fits = true;
+    *store_ret = (struct moe4_store){0};
+    for (size_t i = 0; i < n; i++) fits &= moe4_add(&bytes, bytes, packs[i].gemm->packed_bytes(&packs[i].matrix->w));
+    MOE4_CHECK(ctx, fits, MOE4_ERROR_MEMORY, "packed weights: %zu matrices do not fit into memory", n);
+    store_ret->bytes = bytes;
+    if (!bytes) return MOE4_OK;
+    if (!ctx->cache) return pack_store(store_ret, ctx, packs, n);
+    MOE4_TRY(cache_key(&key, ctx, packs, n, bytes));
+    store_ret->data = moe4_cache_map(ctx, &key);
+    store_ret->mapped = store_ret->data;
+    MOE4_TRY(pack_store(store_ret, ctx, packs, n));
+    if (!store_ret->mapped) moe4_cache_write(ctx, &key, store_ret->data);
     return MOE4_OK;
 }
 

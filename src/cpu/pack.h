@@ -11,6 +11,7 @@
  *   code[b][h][4c + i]  byte i of half h of column c's block b: the nibbles as the checkpoint has them, low nibble = even k
  * Scales come first because a kernel reads them first: addresses that only rise keep the hardware's prefetch going.
  * Codes of a block whose scale is zero are zero. */
+#define MOE4_TILE16_LAYOUT "tile16_1"
 struct moe4_tile16 {
     uint8_t scale[16][4];
     uint8_t code[4][2][64];
@@ -51,9 +52,18 @@ struct moe4_pack {
     size_t first_task; /* moe4_repack's own */
 };
 
-/* Packs n matrices into one block of memory, *store_ret (for moe4_free; NULL when all are read in place), and points each matrix at its
- * part. All threads pack, and the pages are first touched by them. Huge pages are asked for, not required. Errors: MEMORY. */
-moe4_status moe4_pack(void **store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
+/* Packed matrices, one after another; of no bytes when all are read in place. */
+struct moe4_store {
+    void *data;
+    size_t bytes;
+    bool mapped; /* from the context's cache */
+};
+void moe4_store_free(const moe4_ctx *ctx, struct moe4_store *store);
+
+/* Packs n matrices into one store, and points each matrix at its part. All threads pack, and the pages are first touched by them. Huge
+ * pages are asked for, not required. A context with a cache maps the store from there, or writes it there. *store_ret is for free even on
+ * failure. Errors: MEMORY. */
+moe4_status moe4_pack(struct moe4_store *store_ret, moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
 /* Packs matrices again, whose weights changed, where they are. */
 void moe4_repack(moe4_ctx *ctx, struct moe4_pack *packs, size_t n);
 

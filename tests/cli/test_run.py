@@ -65,6 +65,27 @@ class Bundled(CliCase):
         self.assertEqual(os.listdir(self.folder), ["out.safetensors"])
         self.run_layer("--repeat", 3, "--check", f"{out}:y", "--tol", "0")  # what was written reads back as the same bits
 
+    def test_cache(self):
+        """Packed weights are kept in a folder; the second run finds them, and says so when they are damaged."""
+        outputs = [self.folder / f"y{i}" for i in range(3)]
+        cache = self.folder / "cache"
+        self.error("run", MODEL, "--layer", 3, "--input", X3, "--cache", cache, status=BAD_DATA, says=str(cache))
+        cache.mkdir()
+        for output in outputs[:2]:
+            self.run_layer("--cache", cache, "--output", output)
+        files = list(cache.iterdir())
+        if not files:
+            self.skipTest("this CPU's kernels read weights in place")
+        self.assertEqual(len(files), 1)
+        damaged = bytearray(files[0].read_bytes())
+        damaged[-1] ^= 1
+        files[0].write_bytes(damaged)
+        done = subprocess.run([PROGRAM, "run", MODEL, "--layer", "3", "--input", X3, "--cache", cache, "--output", outputs[2]],
+                              capture_output=True, text=True)  # fmt: skip
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("packing again", done.stderr)
+        self.assertEqual(len({o.read_bytes() for o in outputs}), 1)
+
     def test_threads_do_not_change_bits(self):
         files = []
         for n in (1, 2, 3):
