@@ -263,6 +263,26 @@ class Quantize(CliCase):
         plain = self.json("eval", TINY, "--token-ids", TINY_IDS, "--window", 64)
         self.assertLess(abs(said["bits_per_token"] - plain["bits_per_token"]), 0.3)
 
+    def test_calibrated_search_weighs_channels(self):
+        """Where a channel of the input is always 0, its weights' errors do not count, and the others' get smaller."""
+        model = self.folder / "model"
+        shutil.copytree(TINY, model)
+        source = tensors.read(model / "model.safetensors")
+        name = "model.layers.0.input_layernorm.weight"
+        norm = [x if k % 2 else 0 for k, x in enumerate(source[name][2])]
+        tensors.write(model / "model.safetensors", source | {name: (*source[name][:2], norm)})
+        error = {}
+        for args in ([], ["--calibrate", TINY_IDS]):
+            made = raw_tensors(self.quantize(model, f"out{len(args)}", "--search", *args) / "model.safetensors")[0]
+            sums = [0, 0]
+            for proj in ("q_proj", "k_proj", "v_proj"):
+                module = f"model.layers.0.self_attn.{proj}"
+                for i, (a, b) in enumerate(zip(decoded(made, module), source[f"{module}.weight"][2])):
+                    sums[i % 2] += (a - b) ** 2
+            error[len(args)] = sums
+        self.assertLess(error[2][1], 0.8 * error[0][1])  # columns that are even are never looked at
+        self.assertGreater(error[2][0], 1.1 * error[0][0])
+
     def test_experts_that_no_token_reached(self):
         ids = self.folder / "ids"
         ids.write_bytes(tensors.pack("I32", [3]))
