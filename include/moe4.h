@@ -374,14 +374,18 @@ typedef struct moe4_tensor {
 
 /* Opens a model folder (config.json, optionally an index, .safetensors shards) or one .safetensors file (then without a config).
  * Files are mapped, and must not be written to while open. Replacing (rename) or deleting one does no harm: the old bytes stay. One that
- * has been written to or cut short is an IO error of moe4_moe_create_from_checkpoint and moe4_router_create_from_checkpoint, and a
- * problem for verify, by its size and time of writing; what changes later is not seen, and reading pages that a file no longer has ends
- * the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
+ * has been written to or cut short is noticed by its size and time of writing: an IO error of the calls that make layers and routers from
+ * it and, once it is a hundredth of a second old, of these objects' forward calls on the CPU, and a problem for verify. What a call reads
+ * while a file changes is undefined, and pages that it no longer has end the process with SIGBUS. Errors: NOT_FOUND, IO, FORMAT (file,
  * tensor and numbers), UNSUPPORTED (a dtype moe4 has not), MEMORY; the log gets a line for each further shard that is malformed. An
  * unknown model family opens, and so does a folder without config.json; the calls that need it then say UNSUPPORTED or NOT_FOUND. */
 MOE4_API moe4_status moe4_checkpoint_open(moe4_checkpoint **ckpt_ret, moe4_ctx *ctx, const char *path);
 /* What points into it (tensors, weights, strings) and objects made from it must be gone. */
 MOE4_API void moe4_checkpoint_close(moe4_checkpoint *ckpt);
+
+/* OK, or IO when a file has been written to or cut short since it was opened (the file and both sizes): for programs that read tensors or
+ * run linears from it by themselves. Two microseconds a file. */
+MOE4_API moe4_status moe4_checkpoint_check(const moe4_checkpoint *ckpt);
 
 MOE4_API size_t moe4_checkpoint_n_tensors(const moe4_checkpoint *ckpt);
 MOE4_API size_t moe4_checkpoint_n_files(const moe4_checkpoint *ckpt);

@@ -25,6 +25,7 @@ struct moe4_moe {
     size_t hidden;
     struct moe4_experts group[MOE4_MAX_GROUPS]; /* routed; then the shared one, if there is one */
     size_t n_groups;
+    const moe4_checkpoint *ckpt; /* whose files forward calls look at, or NULL */
 };
 
 struct moe4_moe_call {
@@ -91,10 +92,11 @@ struct moe4_grouped_call {
 struct moe4_router {
     moe4_ctx *ctx;
     moe4_router_options o;
-    moe4_linear *logits; /* NULL without gate weights */
-    float *bias;         /* [n_experts] */
-    float *alt_bias;     /* [n_experts], or NULL */
-    void *prepared;      /* a device's */
+    moe4_linear *logits;         /* NULL without gate weights */
+    float *bias;                 /* [n_experts] */
+    float *alt_bias;             /* [n_experts], or NULL */
+    const moe4_checkpoint *ckpt; /* as moe4_moe's */
+    void *prepared;              /* a device's */
 };
 
 struct moe4_select_call {

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "folder.h"
 #include "weight.h"
@@ -232,6 +233,26 @@ void moe4_checkpoint_close(moe4_checkpoint *ckpt) {
 moe4_status moe4_checkpoint_check_files(const moe4_checkpoint *ckpt) {
     for (size_t i = 0; i < ckpt->n_shards; i++) MOE4_TRY(moe4_map_check(ckpt->ctx, &ckpt->shards[i].map, ckpt->shards[i].path));
     return MOE4_OK;
+}
+
+moe4_status moe4_checkpoint_check(const moe4_checkpoint *ckpt) {
+    moe4_begin(ckpt->ctx);
+    return moe4_checkpoint_check_files(ckpt);
+}
+
+moe4_status moe4_checkpoint_watch(const moe4_checkpoint *ckpt) {
+    enum { EVERY_MS = 10 };
+    moe4_checkpoint *c = (moe4_checkpoint *)ckpt; /* no caller sees what is kept here */
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    int64_t now = (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    if (!atomic_load_explicit(&c->changed, memory_order_relaxed)) {
+        if (now - atomic_load_explicit(&c->looked_ms, memory_order_relaxed) < EVERY_MS) return MOE4_OK;
+        atomic_store_explicit(&c->looked_ms, now, memory_order_relaxed);
+    }
+    moe4_status status = moe4_checkpoint_check_files(ckpt);
+    if (status != MOE4_OK) atomic_store_explicit(&c->changed, true, memory_order_relaxed);
+    return status;
 }
 
 /* ---- looking up ---- */

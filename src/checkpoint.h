@@ -2,6 +2,8 @@
 #ifndef MOE4_CHECKPOINT_H
 #define MOE4_CHECKPOINT_H
 
+#include <stdatomic.h>
+
 #include "config.h"
 #include "safetensors.h"
 
@@ -22,6 +24,8 @@ struct moe4_checkpoint {
     bool has_config;
     struct moe4_config config;
     char quantization[160];
+    _Atomic int64_t looked_ms; /* when files were last looked at by moe4_checkpoint_watch */
+    atomic_bool changed;       /* one has been seen to be another */
 };
 
 /* Place in by_name of the first name not below `name`; n_tensors when all are. */
@@ -36,6 +40,8 @@ const moe4_tensor *moe4_fused_experts(const moe4_checkpoint *ckpt, size_t layer)
 moe4_status moe4_router_vector(const moe4_checkpoint *ckpt, const moe4_tensor **tensor_ret, const char *pattern, size_t layer);
 /* OK unless a file is seen to have changed since it was opened: IO. */
 moe4_status moe4_checkpoint_check_files(const moe4_checkpoint *ckpt);
+/* The same for calls in a hot loop: looks at the files at most every hundredth of a second, and always once one has changed. */
+moe4_status moe4_checkpoint_watch(const moe4_checkpoint *ckpt);
 /* OK when the family and its numbers are known; otherwise why not, as an error. */
 moe4_status moe4_checkpoint_need_config(const moe4_checkpoint *ckpt);
 

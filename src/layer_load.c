@@ -1,6 +1,7 @@
 /* Layers and routers of a checkpoint: what moe4_moe_create and moe4_router_create want, found by layer number. */
 #include <string.h>
 
+#include "backend.h"
 #include "checkpoint.h"
 
 static moe4_status load_expert(const moe4_checkpoint *ckpt, moe4_expert *expert, size_t layer, int64_t number, moe4_activation activation) {
@@ -50,6 +51,7 @@ moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, c
     if (!experts) return MOE4_ERROR_MEMORY;
     bool shared = o.with_shared && kind == MOE4_LAYER_MOE && info.n_shared_experts;
     moe4_status status = create(moe_ret, ctx, ckpt, layer, kind, experts, &o, shared);
+    if (status == MOE4_OK && !ctx->plugin) (*moe_ret)->ckpt = ckpt; /* a device has copies */
     moe4_free(ctx, experts);
     return status;
 }
@@ -106,6 +108,7 @@ moe4_status moe4_router_create_from_checkpoint(moe4_router **router_ret, moe4_ct
     if (status == MOE4_OK && !o.alt_bias) status = load_alt_bias(ctx, &alt, ckpt, layer);
     if (alt) info.router.alt_bias = alt;
     if (status == MOE4_OK) status = moe4_router_create(router_ret, ctx, &gate, b, &info.router);
+    if (status == MOE4_OK && !ctx->plugin) (*router_ret)->ckpt = ckpt;
     moe4_free(ctx, alt);
     moe4_free(ctx, b);
     return status;

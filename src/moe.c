@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "checkpoint.h"
 #include "fpenv.h"
 
 /* ---- making a layer ---- */
@@ -243,6 +244,7 @@ moe4_status moe4_moe_rows_workspace_bytes(const moe4_moe *moe, size_t *bytes_ret
 static moe4_status check_call(const struct moe4_moe_call *c, const moe4_workspace *workspace, const char *name) {
     const moe4_ctx *ctx = c->moe->ctx;
     size_t need;
+    if (c->moe->ckpt) MOE4_TRY(moe4_checkpoint_watch(c->moe->ckpt));
     MOE4_TRY(workspace_bytes(c, &need));
     MOE4_TRY(moe4_workspace_check(ctx, name, workspace, need));
     bool reads = c->by_rows ? c->n_rows > 0 : c->n_tokens > 0, writes = reads || c->n_tokens > 0;

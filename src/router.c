@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "checkpoint.h"
 #include "fpenv.h"
 #include "hash_table.h"
 
@@ -167,6 +168,7 @@ moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *
     moe4_begin(r->ctx);
     size_t logits_bytes, linear_bytes;
     moe4_router_tokens known;
+    if (r->ckpt) MOE4_TRY(moe4_checkpoint_watch(r->ckpt));
     MOE4_TRY(workspace_parts(r, n_tokens, &logits_bytes, &linear_bytes));
     MOE4_TRY(moe4_workspace_check(r->ctx, "moe4_router_forward", workspace, logits_bytes + linear_bytes));
     MOE4_CHECK(r->ctx, !n_tokens || (topk_ids && topk_weights && x), MOE4_ERROR_ARGUMENT, "moe4_router_forward: a NULL buffer");
@@ -181,6 +183,7 @@ moe4_status moe4_router_select(const moe4_router *r, int32_t *topk_ids, float *t
                                const moe4_router_tokens *tokens, size_t n_tokens, void *stream) {
     moe4_begin(r->ctx);
     moe4_router_tokens known;
+    if (r->ckpt) MOE4_TRY(moe4_checkpoint_watch(r->ckpt));
     MOE4_CHECK(r->ctx, !n_tokens || (topk_ids && topk_weights && logits), MOE4_ERROR_ARGUMENT, "moe4_router_select: a NULL buffer");
     MOE4_TRY(check_tokens(r, &known, tokens, n_tokens));
     return choose(r, topk_ids, topk_weights, logits, &known, n_tokens, stream);
