@@ -69,7 +69,9 @@ typedef struct moe4_ctx moe4_ctx;
 #define MOE4_ISA_NEONDOT 32u   /* and int8 dot products (SDOT) */
 #define MOE4_ISA_NEONI8MM 64u  /* and int8 matrix products (SMMLA) */
 
-/* alloc: `bytes` > 0 at a multiple of `align` (a power of two), or NULL. free takes what alloc gave. Both may be called from any thread. */
+/* alloc: `bytes` > 0 at a multiple of `align` (a power of two), or NULL. free takes what alloc gave. Both may be called from any thread.
+ * All memory of the library comes from here, but for what others take for themselves: jansson for the trees of config.json, index and
+ * headers while a checkpoint is opened, the system for threads and mapped files. */
 typedef void *(*moe4_alloc_fn)(void *user, size_t bytes, size_t align);
 typedef void (*moe4_free_fn)(void *user, void *data);
 /* One line without a newline; may be called from any thread. */
@@ -523,7 +525,8 @@ typedef struct moe4_router_tokens {
 /* topk_ids [T,k] int32, topk_weights [T,k] fp32 from x [T,hidden]: fp32 logits, best expert first, ties to the lower index. A row with a
  * NaN or Inf gets ids 0 .. k-1 and NaN weights, so that its result is NaN. `tokens` may be NULL
  * where nothing in it is needed; its arrays are device memory on a device, where a token id outside the table gives a row as one of a NaN
- * does. Errors: ARGUMENT (elsewhere such an id: the token and both numbers). */
+ * does. Errors: ARGUMENT (elsewhere such an id: the token and both numbers), IO (a router of a checkpoint whose file
+ * changed), DEVICE. */
 MOE4_API moe4_status moe4_router_forward(const moe4_router *router, int32_t *topk_ids, float *topk_weights, const void *x,
                                          const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream);
 /* The same from logits [T,E] fp32, contiguous; needs no workspace. Errors: as forward. */
@@ -573,7 +576,8 @@ typedef struct moe4_moe_options {
     }
 
 /* A layer from n_local experts' pointers; the struct array is copied, the weights it points to stay borrowed until destroy.
- * Errors: ARGUMENT (the expert and both numbers), MEMORY. */
+ * Errors: ARGUMENT (the expert and both numbers), FORMAT (a block scale that is NaN or signed, an FP8 value that is not finite: its place),
+ * UNSUPPORTED (what a device does not run), MEMORY, DEVICE. */
 MOE4_API moe4_status moe4_moe_create(moe4_moe **moe_ret, moe4_ctx *ctx, const moe4_expert *experts, const moe4_moe_options *options);
 /* A layer of a checkpoint; the activation is the family's, sizes, top_k and the limit come from config.json where options leaves 0. A dense
  * layer is one expert with top_k 1. Borrows ckpt. Errors: as moe4_checkpoint_expert and moe4_moe_create; IO (a file changed). */
@@ -594,7 +598,8 @@ MOE4_API moe4_status moe4_moe_workspace_bytes(const moe4_moe *moe, size_t *bytes
  * expert read it; other rows are untouched. Same input, same bits, whatever the threads; except for MOE4_ACT_TENSOR a token's result
  * does not depend on the rest of the batch. n_tokens 0 is fine.
  * Allocates nothing. `stream` is the device's stream; NULL on the CPU, where the call returns when y is written.
- * Errors: ARGUMENT (a NULL, a workspace too small: both numbers). */
+ * Errors: ARGUMENT (a NULL, a workspace too small: both numbers; n_tokens * top_k is at most 2^31 - 1), IO (a layer of a checkpoint whose
+ * file changed), DEVICE. */
 MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *x, const void *topk_ids, const float *topk_weights,
                                       size_t n_tokens, const moe4_workspace *workspace, void *stream);
 
@@ -607,7 +612,7 @@ MOE4_API moe4_status moe4_moe_forward(const moe4_moe *moe, void *y, const void *
  * dropped); tokens without a row get zeros. batched: x and y are [n_local, max_rows, hidden] with counts[e] rows each (int32 [n_local],
  * host memory), weights [n_local, max_rows]; the others are not touched. Their workspace is that of n_rows = n_local * max_rows and
  * n_tokens 0; sorted rows without row_token have n_tokens 0 too. Allocates nothing. Errors: ARGUMENT (an offset, count or token out of
- * range: which, and both numbers).
+ * range: which, and both numbers; at most 2^31 - 1 rows), IO and DEVICE as moe4_moe_forward.
  *
  * On a device offsets, counts and row_token are device memory and only read there, so that a captured call may meet others when it is
  * replayed. What is out of range is no error then: an offset is at least the one before and at most n_rows, a count 0 to max_rows,
@@ -669,14 +674,14 @@ typedef struct moe4_linear_options {
     { sizeof(moe4_linear_options), MOE4_ACT_DEFAULT, MOE4_F32, 0, MOE4_F32 }
 
 /* n_weights >= 1 matrices [N_i, K] of one format that share an input (q, k and v; gate and up): it is rounded once, in `static` with the
- * largest of their input scales. The structs are copied, what they point to stays borrowed. Errors: ARGUMENT, MEMORY. */
+ * largest of their input scales. The structs are copied, what they point to stays borrowed. Errors: as moe4_moe_create. */
 MOE4_API moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx, const moe4_weight *weights, size_t n_weights,
                                         const moe4_linear_options *options);
 MOE4_API void moe4_linear_destroy(moe4_linear *linear);
 /* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size_t *bytes_ret, size_t n_tokens);
 /* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's. n_saturated_ret (or NULL; host memory) counts
- * saturated blocks of x, once for all matrices. Errors: ARGUMENT (a NULL, a workspace too small: both numbers). */
+ * saturated blocks of x, once for all matrices. Errors: ARGUMENT (a NULL, a workspace too small: both numbers), DEVICE. */
 MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x,
                                          size_t n_tokens, const moe4_workspace *workspace, void *stream);
 
@@ -697,7 +702,7 @@ typedef struct moe4_grouped_options {
     { sizeof(moe4_grouped_options), MOE4_ACT_DEFAULT, MOE4_BF16, 0, MOE4_BF16, 0, 0 }
 
 /* The products of an engine's own pipeline: n_groups matrices [N,K] of one shape and format, each with its own global scale, input scale
- * and bias; group g's rows meet matrix g. The structs are copied, what they point to stays borrowed. Errors: ARGUMENT, MEMORY.
+ * and bias; group g's rows meet matrix g. The structs are copied, what they point to stays borrowed. Errors: as moe4_moe_create.
  * Plain: rows [offsets[g], offsets[g + 1]) of x [n_rows,K] and y [n_rows,N] are group g's.
  * block_diagonal: x is [n_rows, n_groups * K], y [n_rows, n_groups * N], and columns g of each belong together; offsets are NULL; TENSOR
  * takes its scale over each group's columns. */
