@@ -6,6 +6,7 @@
 
 #include "checkpoint.h"
 #include "lm/lm.h"
+#include "source.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -49,17 +50,6 @@ static void read_text(const char *text, size_t bytes) {
 }
 
 /* ---- an object from bytes ---- */
-
-struct source {
-    const uint8_t *data;
-    size_t left;
-};
-
-static unsigned take(struct source *s) {
-    if (!s->left) return 0;
-    s->left--;
-    return *s->data++;
-}
 
 /* A key and what it likely has. */
 static const struct entry {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "safetensors.h"
+#include "source.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -30,17 +31,6 @@ static void parse(const uint8_t *data, size_t size) {
 }
 
 /* ---- a header from bytes ---- */
-
-struct source {
-    const uint8_t *data;
-    size_t left;
-};
-
-static unsigned take(struct source *s) {
-    if (!s->left) return 0;
-    s->left--;
-    return *s->data++;
-}
 
 static const char *number(struct source *s, char text[static 24], size_t likely) {
     static const char *const odd[] = {"-1", "1.0", "null", "\"1\"", "4294967296", "9223372036854775807", "18446744073709551616", "1e3"};

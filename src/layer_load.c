@@ -1,6 +1,4 @@
 /* Layers and routers of a checkpoint: what moe4_moe_create and moe4_router_create want, found by layer number. */
-#include <string.h>
-
 #include "backend.h"
 #include "checkpoint.h"
 
@@ -57,24 +55,16 @@ moe4_status moe4_moe_create_from_checkpoint(moe4_moe **moe_ret, moe4_ctx *ctx, c
 }
 
 /* A vector of F32, BF16 or F16; NULL for no tensor. */
-static moe4_status read_floats(const moe4_ctx *ctx, float **x_ret, const moe4_tensor *t) {
+static moe4_status read_floats(moe4_ctx *ctx, float **x_ret, const moe4_tensor *t) {
     if (!t) return MOE4_OK;
-    float *x = *x_ret = moe4_calloc(ctx, t->shape[0], sizeof *x, "router bias");
-    if (!x) return MOE4_ERROR_MEMORY;
-    for (size_t i = 0; i < t->shape[0]; i++) {
-        uint16_t half;
-        if (t->dtype == MOE4_F32) {
-            memcpy(&x[i], (const char *)t->data + 4 * i, 4);
-        } else {
-            memcpy(&half, (const char *)t->data + 2 * i, 2);
-            x[i] = t->dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
-        }
-    }
-    return MOE4_OK;
+    *x_ret = moe4_calloc(ctx, t->shape[0], sizeof **x_ret, "router bias");
+    if (!*x_ret) return MOE4_ERROR_MEMORY;
+    const moe4_weight row = {.dtype = t->dtype, .rows = 1, .cols = t->shape[0], .data = t->data};
+    return moe4_weight_values(ctx, *x_ret, &row, 0, 1);
 }
 
 /* The bias by which image tokens choose, where the family has one and the layer does. */
-static moe4_status load_alt_bias(const moe4_ctx *ctx, float **x_ret, const moe4_checkpoint *ckpt, size_t layer) {
+static moe4_status load_alt_bias(moe4_ctx *ctx, float **x_ret, const moe4_checkpoint *ckpt, size_t layer) {
     const moe4_tensor *t;
     MOE4_TRY(moe4_router_vector(ckpt, &t, ckpt->config.family->router_alt_bias, layer));
     return read_floats(ctx, x_ret, layer < ckpt->config.n_hash_layers ? NULL : t);
