@@ -275,7 +275,7 @@ int main(int argc, char **argv) {
     int sms = device.multiProcessorCount;
     double bandwidth = read_bandwidth();
     printf("%s, %d SMs, read bandwidth %.3f TB/s\n", device.name, sms, bandwidth * 1e-12);
-    const layer_shape shapes[] = {{"W1", 7168, 3072, 48, 6}, {"W2", 4096, 2048, 32, 6}};
+    const layer_shape shapes[] = {{"W1", 7168, 3072, 48, 6}, {"W2", 4096, 2048, 32, 6}, {"small", 256, 128, 32, 6}};
     printf("| shape | T | act | kernel | experts | floor us | us | floor/us |\n|---|---|---|---|---|---|---|---|\n");
     for (const layer_shape &s : shapes) {
         bool w1 = s.n == 48;
@@ -288,22 +288,20 @@ int main(int argc, char **argv) {
         };
         for (int T : {1, 4, 8, 32, 64}) {
             if (!w1 && (T == 4 || T == 32)) continue;
-            go(T, MOE4_ACT_W4A16, {"8", false, true, 8, 7});
-            if (T == 1) {
-                go(T, MOE4_ACT_W4A16, {"prepare", false, true, 8, 1});
-                go(T, MOE4_ACT_W4A16, {"combine", false, true, 8, 4});
-                go(T, MOE4_ACT_W4A16, {"prepare+combine", false, true, 8, 5});
+            for (moe4_act act : {MOE4_ACT_W4A16, MOE4_ACT_TOKEN}) {
+                if (T <= 32) go(T, act, {"8", false, true, 8, 7});
+                if (T >= 32) go(T, act, {"16", false, true, 16, 7});
+                if (T >= 64) go(T, act, {"24", false, true, 24, 7});
+                if (T == 1) {
+                    go(T, act, {"prepare", false, true, 8, 1});
+                    go(T, act, {"prepare+decode", false, true, 8, 3});
+                    go(T, act, {"combine", false, true, 8, 4});
+                    go(T, act, {"prepare+combine", false, true, 8, 5});
+                }
             }
-            if (T >= 32) {
-                go(T, MOE4_ACT_W4A16, {"16", false, true, 16, 7});
-                go(T, MOE4_ACT_W4A16, {"32", false, true, 32, 7});
-                go(T, MOE4_ACT_TOKEN, {"16", false, true, 16, 7});
-            }
-            if (T >= 32) go(T, MOE4_ACT_TOKEN, {"32", false, true, 32, 7});
-            go(T, MOE4_ACT_TOKEN, {"8", false, true, 8, 7});
         }
-        for (int T : {256, 1024}) {
-            go(T, MOE4_ACT_W4A16, {"32", false, true, 32, 7});
+        for (int T : {256}) {
+            go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
         }
         CUDA(cudaFree((void *)w.gate_up));
         CUDA(cudaFree((void *)w.down));

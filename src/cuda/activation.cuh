@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "nvfp4.cuh"
+#include "ptx.cuh"
 
 #define MOE4_INF_BITS 0x7F800000u /* as the largest |x| of a row: it has a NaN or Inf */
 
@@ -86,21 +87,65 @@ static __device__ __forceinline__ float encode_scale(moe4_act act, uint32_t amax
     return S;
 }
 
-/* Block `block` (16 values) of sorted row `row` of h_wide, rounded into h; what a row needs once is written by block 0. */
-static __device__ __forceinline__ int round_h_block(const moe4_layer_run &run, int row, int block, int expert, uint32_t scale_bits) {
-    size_t ld = (size_t)run.w.intermediate_units * MOE4_UNIT_K, at = (size_t)row * ld + (size_t)block * 16;
-    float v[16], decode = 1.f;
-    int saturated = 0;
-    if (__ldcg(run.h_amax + row) >= MOE4_INF_BITS) {
-        fill_16(v, __uint_as_float(0x7FFFFFFFu));
-    } else {
-        float S = encode_scale(run.act, scale_bits, run.w.scale_h, expert, &decode);
-        load_16(v, run.h_wide + at, MOE4_F32);
-        saturated = round_16(v, S);
+/* Half a block of a sorted row of h_wide, on its way to h; its neighbouring lane has the other half. */
+struct half_block {
+    int row, i; /* which of the row's */
+    uint32_t row_amax;
+    float v[8];
+};
+
+static __device__ __forceinline__ size_t half_block_at(const half_block *b, const moe4_layer_run &run) {
+    return ((size_t)b->row * (size_t)run.w.intermediate_units * 8 + (size_t)b->i) * 8;
+}
+
+static __device__ __forceinline__ void load_half_block(half_block *b, const moe4_layer_run &run, int end_row) {
+    if (b->row >= end_row) return;
+    const float4 *from = (const float4 *)(run.h_wide + half_block_at(b, run));
+    *(float4 *)b->v = __ldcg(from);
+    *(float4 *)(b->v + 4) = __ldcg(from + 1);
+    b->row_amax = __ldcg(run.h_amax + b->row);
+}
+
+static __device__ __forceinline__ uint32_t amax_bits_8(const float v[8]) {
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) amax = max(amax, __float_as_uint(v[i]) & 0x7FFFFFFFu);
+    return amax;
+}
+
+/* Rounds it; what a row needs once is written with its first half block. `lanes`: those that are here; batch_amax: TENSOR's, or NULL. */
+static __device__ __forceinline__ void round_half_block(const half_block *b, const moe4_layer_run &run, int expert,
+                                                        const uint32_t *batch_amax, uint32_t lanes) {
+    uint32_t amax = amax_bits_8(b->v), raw[4];
+    amax = max(amax, __shfl_xor_sync(lanes, amax, 1));
+    bool bad = b->row_amax >= MOE4_INF_BITS;
+    float decode = 1.f, S = 1.f;
+    if (!bad) S = encode_scale(run.act, batch_amax ? *batch_amax : b->row_amax, run.w.scale_h, expert, &decode);
+    activation_block block = activation_block_scale(__uint_as_float(amax), S);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(activation_round(b->v[2 * i], block), activation_round(b->v[2 * i + 1], block));
+        raw[i] = bad ? 0x7FFF7FFFu : *(uint32_t *)&pair;
     }
-    store_bf16_16(run.h + at, v);
-    if (block == 0) run.h_factor[row] = decode;
-    return saturated;
+    if (!(b->i & 1) && block.saturated && !bad) atomicAdd(run.h_saturated + b->row, 1);
+    if (b->i == 0) run.h_factor[b->row] = decode;
+    *(uint4 *)(run.h + half_block_at(b, run)) = make_uint4(raw[0], raw[1], raw[2], raw[3]);
+}
+
+/* A column tile's rows of h, by n_threads (whole warps) of which this is one. The next half block loads while one is rounded. */
+static __device__ __forceinline__ void round_h_rows(const moe4_layer_run &run, const moe4_tile &tile, int thread, int n_threads,
+                                                    const uint32_t *batch_amax) {
+    int halves = run.w.intermediate_units * 8, end = tile.first + tile.n;
+    half_block b = {tile.first + thread / halves, thread % halves, 0, {0.f}};
+    load_half_block(&b, run, end);
+    for (int begun = thread & ~31; begun < tile.n * halves; begun += n_threads) { /* alike for a warp's lanes */
+        half_block next = b;
+        for (next.i += n_threads; next.i >= halves; next.i -= halves) next.row++;
+        load_half_block(&next, run, end);
+        uint32_t lanes = __ballot_sync(0xFFFFFFFFu, b.row < end);
+        if (b.row < end) round_half_block(&b, run, tile.expert, batch_amax, lanes);
+        b = next;
+    }
 }
 
 #endif

@@ -1,337 +1,286 @@
 /* The products of a layer at the speed of memory, for few slots per expert (sm_90): one persistent kernel.
  *
- *   tickets 0 .. G-1        gate/up items (column tile of an expert x 128 rows): x -> h
+ *   tickets 0 .. G-1        gate/up items (column tile of an expert x 64 or 128 rows): x -> h
  *   tickets G .. G+D-1      down items: h -> o; an item waits until its expert's h is ready, while its weights already stream
+ *   round items             between them in the modes that round h to NVFP4: a column tile's rows, once its gate/up is done
  *
- *   round items             between them in the modes that round h to NVFP4: a column tile's rows of h, once its gate/up is done
- *
- *   16 warps  consume, in four groups of four that have 32 rows each. In a group, warp w takes units w and w+4 of a stage, decodes them
- *             in registers and multiplies; partial sums meet in shared memory once an item
- *   a warp    draws tickets, fills a ring of stages with packed weights by bulk copies: 512 k of an item's rows a stage
+ *   16 warps  consume, in four groups of four that have 32 rows each. A warp takes two units of a stage, decodes them in registers and
+ *             multiplies; at an item's end it leaves its partial sums in shared memory and goes on
+ *   2 warps   finish: add the partial sums, store h or o, and tell the other blocks what is done
+ *   a warp    draws tickets, fills a ring of stages with packed weights by bulk copies
  *   a warp    fills the same stages with the activation rows of the item's columns, gathered by index
- *   a warp    tells the other blocks of gate/up items that are done, so that no consumer waits for a fence
+ *
+ * The kernel starts while `prepare` still works: what it does before it waits for that reads the call's inputs alone.
  *
  * A ticket is drawn before its item runs, gate/up items wait for nothing, round items for gate/up and down items for both: whoever waits,
  * waits for a block that is already running. There is no deadlock, whatever else holds the GPU's multiprocessors. */
-#include "launch.cuh"
-#include "product.cuh"
+#include "decode_sm90.cuh"
 
-#define STAGE_UNITS 8
-#define STAGE_K (STAGE_UNITS * MOE4_UNIT_K)
-#define STAGE_TILE_BYTES (STAGE_UNITS * MOE4_UNIT_BYTES)
-#define ITEM_TILES 2 /* row tiles of 64; the last item of an odd number has one */
-#define WEIGHT_BYTES (ITEM_TILES * STAGE_TILE_BYTES)
-#define X_ROW_BYTES (STAGE_K * 2 + 16) /* 16 more against bank conflicts */
-#define N_ITEMS 4
-#define GROUPS 4
-#define GROUP_THREADS (MOE4_SLICES * 32)
-#define CONSUMER_WARPS (GROUPS * MOE4_SLICES)
-#define THREADS ((CONSUMER_WARPS + 3) * 32)
-#define MAX_STAGES 8
-#define PHASE_ROUND 4 /* beside MOE4_PHASE_… */
+/* ---- the warps that consume ---- */
 
-struct work_item {
-    moe4_tile tile;
-    int phase; /* 0: no more work */
-    int index; /* of the column tile */
-    int row_tile;
+/* Where a lane's first unit of the first stage stands; the second is half a stage's k further. */
+struct consumer {
+    uint32_t codes, scales, x;
 };
 
-/* NT: columns / 8 that a stage has room for. */
-template <int NT> struct shape {
-    static constexpr int stage_bytes = WEIGHT_BYTES + 8 * NT * X_ROW_BYTES;
-    static constexpr int partial_bytes = GROUPS * partial_shape<NT>::floats * 4;
-    static constexpr int n_fit = (225 * 1024 - partial_bytes) / stage_bytes, n_stages = n_fit < MAX_STAGES ? n_fit : MAX_STAGES;
-    static constexpr int shared_bytes = partial_bytes + n_stages * stage_bytes;
+template <class S> static __device__ int first_unit(void) {
+    int warp = threadIdx.x >> 5, r = warp / MOE4_GROUP_WARPS;
+    return warp % MOE4_GROUP_WARPS + (S::item_tiles == 1 ? r >> 1 : 0) * MOE4_GROUP_WARPS;
+}
+
+template <class S> static __device__ consumer make_consumer(uint32_t stages) {
+    int r = threadIdx.x / (32 * MOE4_GROUP_WARPS), lane = threadIdx.x & 31, half = r & 1, tile = S::item_tiles == 1 ? 0 : r >> 1;
+    uint32_t unit = stages + (uint32_t)((tile * S::units + first_unit<S>()) * MOE4_UNIT_BYTES);
+    consumer c;
+    c.codes = unit + (uint32_t)(half * MOE4_ROW_TILES * 512 + 16 * lane);
+    c.scales = unit + (uint32_t)(MOE4_UNIT_CODE_BYTES + 8 * lane + 4 * half);
+    c.x = stages + (uint32_t)(WEIGHT_BYTES + (lane >> 2) * S::x_row_bytes + first_unit<S>() * (MOE4_UNIT_K * 2) + (lane & 3) * 32);
+    barriers::keep(&c.codes);
+    barriers::keep(&c.scales);
+    barriers::keep(&c.x);
+    return c;
+}
+
+/* A warp's unit: packed weights of its 32 rows. */
+struct unit_words {
+    uint4 word[MOE4_ROW_TILES];
+    uint32_t scales;
 };
 
-static __host__ __device__ constexpr int items_of(int row_tiles) {
-    return (row_tiles + ITEM_TILES - 1) / ITEM_TILES;
+static __device__ __forceinline__ unit_words load_unit(uint32_t codes, uint32_t scales) {
+    unit_words w;
+    w.scales = load_shared_4(scales);
+#pragma unroll
+    for (int m = 0; m < MOE4_ROW_TILES; m++) w.word[m] = load_shared_16(codes + 512 * m);
+    return w;
 }
 
-struct block_shared {
-    uint64_t full[MAX_STAGES], empty[MAX_STAGES], item_full[N_ITEMS], item_empty[N_ITEMS];
-    uint64_t stored[N_ITEMS]; /* a gate/up item's h has been stored */
-    work_item item[N_ITEMS];
-};
-
-/* Position in a ring: index and phase parity. */
-struct ring {
-    int i;
-    uint32_t parity;
-    __device__ void next(int n) {
-        if (++i == n) {
-            i = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-struct operands {
-    const uint8_t *weights; /* of the item's first row tile */
-    const __nv_bfloat16 *rows;
-    int units, tiles; /* of k; of rows */
-};
-
-static __device__ operands item_operands(const moe4_layer_run &run, const work_item &item) {
-    bool down = item.phase == MOE4_PHASE_DOWN;
-    operands o;
-    o.units = down ? run.w.intermediate_units : run.w.hidden_units;
-    o.weights =
-        (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
-        (size_t)item.row_tile * (size_t)o.units * MOE4_UNIT_BYTES;
-    o.rows = down ? run.h : run.x;
-    o.tiles = min(ITEM_TILES, (down ? run.w.down_tiles : run.w.gate_up_tiles) - item.row_tile);
-    return o;
-}
-
-/* ---- a warp: tickets and weights ---- */
-
-template <int NT> static __device__ void load_weights(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages) {
-    using S = shape<NT>;
-    uint64_t policy = policy_evict_first();
-    int n_tiles = run.state->n_tiles;
-    int n_gate_up = phases & MOE4_PHASE_GATE_UP ? n_tiles * items_of(run.w.gate_up_tiles) : 0;
-    int n_round = phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && run.act != MOE4_ACT_W4A16 ? n_tiles : 0;
-    int n_down = phases & MOE4_PHASE_DOWN ? n_tiles * items_of(run.w.down_tiles) : 0;
-    ring stage = {0, 0}, at = {0, 0};
-    int next = atomicAdd(&run.state->ticket, 1);
-    for (;;) {
-        int ticket = next;
-        work_item item;
-        item.phase = 0;
-        if (ticket < n_gate_up) {
-            item.phase = MOE4_PHASE_GATE_UP;
-            item_place(run, ticket, items_of(run.w.gate_up_tiles), &item.tile, &item.index, &item.row_tile);
-        } else if ((ticket -= n_gate_up) < n_round) {
-            item.phase = PHASE_ROUND;
-            item.tile = run.tiles[ticket];
-            item.index = ticket;
-        } else if ((ticket -= n_round) < n_down) {
-            item.phase = MOE4_PHASE_DOWN;
-            item_place(run, ticket, items_of(run.w.down_tiles), &item.tile, &item.index, &item.row_tile);
-        }
-        item.row_tile *= ITEM_TILES;
-        mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity ^ 1);
-        s->item[at.i] = item;
-        mbarrier_arrive(smem_address(&s->item_full[at.i]));
-        at.next(N_ITEMS);
-        if (!item.phase) return;
-        next = atomicAdd(&run.state->ticket, 1); /* its latency passes while the stages load */
-        if (item.phase == PHASE_ROUND) continue;
-        operands o = item_operands(run, item);
-        for (int u = 0; u < o.units; u += STAGE_UNITS) {
-            uint32_t bytes = (uint32_t)min(STAGE_UNITS, o.units - u) * MOE4_UNIT_BYTES, full = smem_address(&s->full[stage.i]);
-            mbarrier_wait(smem_address(&s->empty[stage.i]), stage.parity ^ 1);
-            mbarrier_arrive_expect(full, (uint32_t)o.tiles * bytes);
-            for (int r = 0; r < o.tiles; r++)
-                bulk_load_streaming(stages + (uint32_t)(stage.i * S::stage_bytes + r * STAGE_TILE_BYTES),
-                                    o.weights + ((size_t)r * (size_t)o.units + (size_t)u) * MOE4_UNIT_BYTES, bytes, full, policy);
-            stage.next(S::n_stages);
-        }
-    }
-}
-
-/* ---- a warp: activations ---- */
-
-template <int NT> static __device__ void load_activations(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages) {
-    using S = shape<NT>;
-    int lane = threadIdx.x & 31;
-    ring stage = {0, 0}, at = {0, 0};
-    for (;;) {
-        mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        work_item item = s->item[at.i];
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(smem_address(&s->item_empty[at.i]));
-        at.next(N_ITEMS);
-        if (!item.phase) return;
-        if (item.phase == PHASE_ROUND) continue;
-        operands o = item_operands(run, item);
-        const __nv_bfloat16 *row = NULL;
-        if (lane < item.tile.n) {
-            int r = item.tile.first + lane;
-            if (item.phase == MOE4_PHASE_GATE_UP) r = x_row(run, run.slots[r]);
-            row = o.rows + (size_t)r * (size_t)(o.units * MOE4_UNIT_K);
-        }
-        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP) {
-            const int *flag = run.act == MOE4_ACT_W4A16 ? run.done + item.index : run.ready + item.index;
-            int wanted = run.act == MOE4_ACT_W4A16 ? items_of(run.w.gate_up_tiles) : 1;
-            if (lane == 0)
-                while (load_acquire(flag) < wanted) __nanosleep(32);
-            __syncwarp();
-            fence_proxy_async();
-        }
-        for (int u = 0; u < o.units; u += STAGE_UNITS) {
-            uint32_t bytes = (uint32_t)min(STAGE_UNITS, o.units - u) * MOE4_UNIT_K * 2, full = smem_address(&s->full[stage.i]);
-            mbarrier_wait(smem_address(&s->empty[stage.i]), stage.parity ^ 1);
-            if (lane == 0) mbarrier_arrive_expect(full, (uint32_t)item.tile.n * bytes);
-            __syncwarp();
-            if (row)
-                bulk_load(stages + (uint32_t)(stage.i * S::stage_bytes + WEIGHT_BYTES + lane * X_ROW_BYTES), row + u * MOE4_UNIT_K, bytes,
-                          full);
-            stage.next(S::n_stages);
-        }
-    }
-}
-
-/* ---- a warp: what is done ---- */
-
-static __device__ void tell_done(const moe4_layer_run &run, block_shared *s) {
-    ring at = {0, 0};
-    for (;;) {
-        mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        int phase = s->item[at.i].phase, index = s->item[at.i].index;
-        if (!phase) return;
-        if (phase == MOE4_PHASE_GATE_UP) {
-            mbarrier_wait(smem_address(&s->stored[at.i]), at.parity);
-            fence_proxy_async(); /* h may be read by bulk copies */
-            add_release(run.done + index, 1);
-        } else {
-            mbarrier_wait(smem_address(&s->stored[at.i]), at.parity); /* keeps the barriers' phases together */
-        }
-        mbarrier_arrive(smem_address(&s->item_empty[at.i]));
-        at.next(N_ITEMS);
-    }
-}
-
-/* ---- the groups of consumers ---- */
-
-struct group {
-    int r, slice, lane; /* group number; share of k */
-    float *partials;
-    __device__ void sync() const { barrier_sync(1 + r, GROUP_THREADS); }
-};
-
-/* A column tile's rows of h, rounded by all consumers once gate/up is done with them. */
-static __device__ void round_item(const moe4_layer_run &run, const work_item &item) {
-    if (threadIdx.x == 0)
-        while (load_acquire(run.done + item.index) < items_of(run.w.gate_up_tiles)) __nanosleep(32);
-    barrier_sync(1 + GROUPS, CONSUMER_WARPS * 32);
-    int blocks = run.w.intermediate_units * 4, n = item.tile.n * blocks;
-    for (int i = threadIdx.x; i < n; i += CONSUMER_WARPS * 32) {
-        int row = item.tile.first + i / blocks;
-        if (round_h_block(run, row, i % blocks, item.tile.expert, __ldcg(run.h_amax + row))) atomicAdd(run.h_saturated + row, 1);
-    }
-    barrier_sync(1 + GROUPS, CONSUMER_WARPS * 32);
-    if (threadIdx.x == 0) {
-        fence_proxy_async(); /* h will be read by bulk copies */
-        __threadfence();
-        store_release(run.ready + item.index, 1);
-    }
-}
-
-/* A gate/up or down item of up to 8 * NT columns; S is the layout of the stages. */
 template <int NT, class S>
-static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, const work_item &item, const group &self, block_shared *s,
-                                                    uint32_t stages, ring *stage) {
-    using P = partial_shape<NT>;
-    bool down = item.phase == MOE4_PHASE_DOWN, wide = (down ? run.h_factor : run.x_factor) != NULL;
-    int units = down ? run.w.intermediate_units : run.w.hidden_units, e = item.tile.expert, half = self.r & 1;
-    uint32_t x_at = WEIGHT_BYTES + (self.lane >> 2) * X_ROW_BYTES + self.slice * (MOE4_UNIT_K * 2) + (self.lane & 3) * 32;
-    uint32_t unit_at = (self.r >> 1) * STAGE_TILE_BYTES + self.slice * MOE4_UNIT_BYTES;
-    uint32_t code_at = unit_at + half * (MOE4_ROW_TILES * 512) + 16 * self.lane,
-             scale_at = unit_at + MOE4_UNIT_CODE_BYTES + 8 * self.lane + 4 * half;
-
-    /* What the end needs is asked for now; lane i has that of the warp's i-th column pair's columns. */
-    float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e], my_factor = 1.f;
-    int my_column = (self.lane >> 1) * 8 + 2 * self.slice + (self.lane & 1), my_slot = 0;
-    bool mine = self.lane < 2 * NT && my_column < item.tile.n;
-    if (mine) {
-        my_slot = run.slots[item.tile.first + my_column];
-        if (wide && !down) my_factor = run.x_factor[x_row(run, my_slot)];
+static __device__ __forceinline__ void multiply_unit(float acc[MOE4_ROW_TILES][NT][4], const unit_words &w, uint32_t x) {
+    uint32_t scale_g[MOE4_ROW_TILES], scale_g8[MOE4_ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < MOE4_ROW_TILES; m++) unit_scales(&scale_g[m], &scale_g8[m], w.scales, m);
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        uint4 b[NT];
+#pragma unroll
+        for (int j = 0; j < NT; j++) b[j] = load_shared_16(x + j * 8 * S::x_row_bytes + 16 * p);
+#pragma unroll
+        for (int m = 0; m < MOE4_ROW_TILES; m++)
+            half_unit_product<NT>(acc[m], p ? w.word[m].z : w.word[m].x, p ? w.word[m].w : w.word[m].y, scale_g[m], scale_g8[m], b);
     }
-    float acc[MOE4_ROW_TILES][NT][4];
-#pragma unroll
-    for (int i = 0; i < MOE4_ROW_TILES * NT * 4; i++) ((float *)acc)[i] = 0.f;
+}
 
-    for (int u = 0; u < units; u += STAGE_UNITS) {
-        mbarrier_wait(smem_address(&s->full[stage->i]), stage->parity);
-        uint32_t base = stages + (uint32_t)(stage->i * S::stage_bytes);
+/* An item of up to 8 * NT columns; S is the layout of the stages. With items of one row tile both units of a stage belong to one slice
+ * of k, with two row tiles to two. */
+template <int NT, class S>
+static __device__ __forceinline__ void consume_item(int units, const consumer &self, const barriers &bar, float *partials, ring *stage,
+                                                    uint32_t *partial_parity, int finisher) {
+    constexpr int step = S::units / 2, n_slices = S::item_tiles;
+    constexpr uint32_t unit_step = step * MOE4_UNIT_BYTES, x_step = step * MOE4_UNIT_K * 2;
+    float acc[n_slices][MOE4_ROW_TILES][NT][4];
 #pragma unroll
-        for (int i = 0; i < STAGE_UNITS / MOE4_SLICES; i++) {
-            if (u + i * MOE4_SLICES + self.slice >= units) break;
-            uint32_t codes = base + code_at + i * (MOE4_SLICES * MOE4_UNIT_BYTES), x = base + x_at + i * (MOE4_SLICES * MOE4_UNIT_K * 2);
-            uint4 words[MOE4_ROW_TILES], b[NT][2];
-            uint32_t scales = load_shared_4(base + scale_at + i * (MOE4_SLICES * MOE4_UNIT_BYTES));
+    for (int i = 0; i < n_slices * MOE4_ROW_TILES * NT * 4; i++) ((float *)acc)[i] = 0.f;
+    for (int u = 0; u < units; u += S::units) {
+        uint32_t at = (uint32_t)(stage->i * S::stage_bytes), codes = at + self.codes, scales = at + self.scales, x = at + self.x;
+        mbarrier_wait(bar.full(stage->i), stage->parity);
+        if (u + S::units <= units) {
+            unit_words w = load_unit(codes, scales), next;
+            if (NT < 3) next = load_unit(codes + unit_step, scales + unit_step); /* early, where registers allow */
+            multiply_unit<NT, S>(acc[0], w, x);
+            if (NT >= 3) next = load_unit(codes + unit_step, scales + unit_step);
+            multiply_unit<NT, S>(acc[n_slices - 1], next, x + x_step);
+        } else {
 #pragma unroll
-            for (int m = 0; m < MOE4_ROW_TILES; m++) words[m] = load_shared_16(codes + 512 * m);
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-                b[j][0] = load_shared_16(x + j * 8 * X_ROW_BYTES);
-                b[j][1] = load_shared_16(x + j * 8 * X_ROW_BYTES + 16);
-            }
-#pragma unroll
-            for (int m = 0; m < MOE4_ROW_TILES; m++) {
-                uint32_t scale_g, scale_g8;
-                unit_scales(&scale_g, &scale_g8, scales, m);
-                unit_tile_product<NT>(acc[m], words[m], scale_g, scale_g8, b);
-            }
+            for (int i = 0; i < 2; i++)
+                if (u + first_unit<S>() + i * step < units)
+                    multiply_unit<NT, S>(acc[i * (n_slices - 1)], load_unit(codes + i * unit_step, scales + i * unit_step), x + i * x_step);
         }
-        mbarrier_arrive(smem_address(&s->empty[stage->i]));
+        mbarrier_arrive(bar.empty(stage->i));
         stage->next(S::n_stages);
-        if (u == 0 && wide && down && mine) my_factor = __ldcg(run.h_factor + item.tile.first + my_column); /* it came with the rows */
     }
+    if (n_slices == 2) add_slices<NT>(acc[0], acc[n_slices - 1]);
+#pragma unroll
+    for (int j0 = 0; j0 < NT; j0 += 2) {
+        mbarrier_wait(bar.partial_empty(), *partial_parity ^ 1);
+        store_partials<NT>(partials + (threadIdx.x >> 5) * S::warp_floats, threadIdx.x & 31, acc[0], j0);
+        mbarrier_arrive(bar.partial_full(finisher));
+        *partial_parity ^= 1;
+    }
+}
 
-    int pair = self.lane % MOE4_PAIRS, row0 = item.row_tile * MOE4_UNIT_ROWS + self.r * MOE4_GROUP_ROWS;
-#pragma unroll
-    for (int j0 = 0; j0 < NT; j0 += P::tiles) {
-        self.sync(); /* the partial sums before these have been read */
-        store_partials<NT>(self.partials, self.slice, self.lane, acc, j0);
-        self.sync();
-#pragma unroll
-        for (int i = 0; i < P::tiles; i++) {
-            int column = 8 * i + 2 * self.slice + self.lane / MOE4_PAIRS, c = 8 * j0 + column, from = 2 * (j0 + i) + self.lane / MOE4_PAIRS;
-            float factor = __shfl_sync(0xFFFFFFFFu, my_factor, from);
-            int slot = __shfl_sync(0xFFFFFFFFu, my_slot, from);
-            bool here = c < item.tile.n;
-            uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
-            if (here) {
-                float2 sum = sum_partials<NT>(self.partials, column, pair);
-                if (down)
-                    store_o(run, slot, pair_row(row0, pair), sum, alpha * factor);
-                else
-                    store_h(run, mask, item.tile.first + c, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
-            }
-            __syncwarp();
-        }
+/* ---- and that round h in between ---- */
+
+static __device__ void consumer_sync(void) {
+    barrier_sync(2, CONSUMER_WARPS * 32);
+}
+
+/* The half block of a row, once it has no mark left. */
+static __device__ void load_marked(half_block *b, const moe4_layer_run &run) {
+    const uint32_t *from = (const uint32_t *)(run.h_wide + half_block_at(b, run));
+    uint4 v[2];
+    do {
+        v[0] = load_relaxed_16(from);
+        v[1] = load_relaxed_16(from + 4);
+    } while (v[0].x == MOE4_MARK || v[0].y == MOE4_MARK || v[0].z == MOE4_MARK || v[0].w == MOE4_MARK || v[1].x == MOE4_MARK ||
+             v[1].y == MOE4_MARK || v[1].z == MOE4_MARK || v[1].w == MOE4_MARK);
+    memcpy(b->v, v, sizeof v);
+}
+
+/* A row whose largest |h| nobody has summed up yet: a half block a thread at a time. */
+static __device__ void round_marked_row(const moe4_layer_run &run, int row, int expert, block_shared *s) {
+    int halves = run.w.intermediate_units * 8;
+    half_block b = {row, (int)threadIdx.x, 0, {0.f}};
+    for (int i = threadIdx.x; i < halves; i += CONSUMER_WARPS * 32) {
+        half_block other = {row, i, 0, {0.f}};
+        load_marked(&other, run);
+        b.row_amax = max(b.row_amax, amax_bits_8(other.v));
+        if (i == (int)threadIdx.x) memcpy(b.v, other.v, sizeof b.v);
     }
+    b.row_amax = __reduce_max_sync(0xFFFFFFFFu, b.row_amax);
+    if ((threadIdx.x & 31) == 0) s->amax[threadIdx.x >> 5] = b.row_amax;
+    consumer_sync();
+    for (int w = 0; w < CONSUMER_WARPS; w++) b.row_amax = max(b.row_amax, s->amax[w]);
+    consumer_sync();
+    for (; (b.i & ~31) < halves; b.i += CONSUMER_WARPS * 32) {
+        uint32_t lanes = __ballot_sync(0xFFFFFFFFu, b.i < halves);
+        if (b.i >= halves) continue;
+        if (b.i != (int)threadIdx.x) load_marked(&b, run);
+        round_half_block(&b, run, expert, NULL, lanes);
+    }
+}
+
+/* A column tile's rows of h, by all consumers, once gate/up is done with them. */
+template <class S> static __device__ void round_item(const moe4_layer_run &run, const moe4_tile &tile, int index, block_shared *s) {
+    if (h_is_marked<S>(run)) {
+        for (int row = tile.first; row < tile.first + tile.n; row++) round_marked_row(run, row, tile.expert, s);
+        return;
+    }
+    if (threadIdx.x == 0)
+        while (load_acquire(run.done + index) < items_of<S>(run.w.gate_up_tiles)) __nanosleep(32);
+    consumer_sync();
+    round_h_rows(run, tile, (int)threadIdx.x, CONSUMER_WARPS * 32, NULL);
 }
 
 template <int NT> static __device__ void consume(const moe4_layer_run &run, block_shared *s, uint32_t stages, float *partials) {
     using S = shape<NT>;
-    int warp = threadIdx.x >> 5, r = warp / MOE4_SLICES;
-    group self = {r, warp % MOE4_SLICES, (int)(threadIdx.x & 31), partials + r * partial_shape<NT>::floats};
-    ring stage = {0, 0}, at = {0, 0};
+    barriers bar(s);
+    if (run.act != MOE4_ACT_W4A16) dependency_wait(); /* round items read what `prepare` cleared */
+    consumer self = make_consumer<S>(stages);
+    ring stage = {0, 0};
+    item_ring at = {0};
+    uint32_t parity = 0;
+    int finisher = FINISH_WARPS - 1; /* the warp whose turn it is */
     for (;;) {
-        mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        const work_item &item = s->item[at.i];
-        if (!item.phase) return;
-        if (item.phase == PHASE_ROUND)
-            round_item(run, item);
-        else if (NT == 1 || item.tile.n <= 8)
-            consume_item<1, S>(run, item, self, s, stages, &stage);
-        else if (NT == 2 || item.tile.n <= 16)
-            consume_item<(NT < 2 ? NT : 2), S>(run, item, self, s, stages, &stage);
-        else
-            consume_item<NT, S>(run, item, self, s, stages, &stage);
-        __syncwarp();
-        if (self.lane == 0) {
-            mbarrier_arrive(smem_address(&s->stored[at.i]));
-            mbarrier_arrive(smem_address(&s->item_empty[at.i]));
+        mbarrier_wait(bar.item_full(at.i()), at.parity());
+        int phase = s->item[at.i()].phase, n = s->item[at.i()].tile.n;
+        if (phase == PHASE_ROUND) {
+            int index = s->item[at.i()].index;
+            round_item<S>(run, s->item[at.i()].tile, index, s);
+            consumer_sync();
+            if (threadIdx.x == 0) {
+                fence_proxy_async(); /* h will be read by bulk copies */
+                store_release(run.ready + index, 1);
+            }
         }
-        at.next(N_ITEMS);
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(bar.item_empty(at.i()));
+        at.n++;
+        if (!phase) return;
+        if (phase == PHASE_ROUND) continue;
+        finisher = (finisher + 1) % FINISH_WARPS;
+        int units = phase == MOE4_PHASE_DOWN ? run.w.intermediate_units : run.w.hidden_units;
+        if (NT == 1 || n <= 8)
+            consume_item<1, S>(units, self, bar, partials, &stage, &parity, finisher);
+        else if (NT == 2 || n <= 16)
+            consume_item<(NT < 2 ? NT : 2), S>(units, self, bar, partials, &stage, &parity, finisher);
+        else
+            consume_item<NT, S>(units, self, bar, partials, &stage, &parity, finisher);
     }
 }
 
+/* ---- the warps that finish: they take items in turn ---- */
+
+/* The columns of a round. */
+template <int NT, class S>
+static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, const work_item &item, const float *partials, int j0,
+                                                    int my_slot, float my_factor, float alpha, float up_alpha) {
+    using P = partial_shape<NT>;
+    constexpr int row_groups = S::item_tiles * MOE4_UNIT_ROWS / MOE4_GROUP_ROWS, second = row_groups < GROUPS ? row_groups * P::floats : 0;
+    int lane = threadIdx.x & 31, pair = lane % MOE4_PAIRS, half = lane / MOE4_PAIRS, n = min(8 * P::tiles, item.tile.n - 8 * j0);
+    for (int c0 = 0; c0 < n; c0 += 2) {
+        int column = c0 + half;
+        float factor = __shfl_sync(0xFFFFFFFFu, my_factor, 8 * j0 + column & 31);
+        int slot = __shfl_sync(0xFFFFFFFFu, my_slot, 8 * j0 + column & 31);
+        bool here = column < n;
+        uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
+#pragma unroll
+        for (int q = 0; q < row_groups; q++) {
+            if (!here) break;
+            int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS;
+            float2 sum = sum_partials<NT>(partials + q * P::floats, column, pair, second);
+            if (item.phase == MOE4_PHASE_DOWN)
+                store_o(run, slot, pair_row(row0, pair), sum, alpha * factor);
+            else
+                store_h(run, mask, item.tile.first + 8 * j0 + column, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
+        }
+        __syncwarp();
+    }
+}
+
+template <int NT> static __device__ void finish(const moe4_layer_run &run, const block_shared *s, const float *partials) {
+    using S = shape<NT>;
+    using P = partial_shape<NT>;
+    barriers bar(s);
+    int lane = threadIdx.x & 31, me = (int)(threadIdx.x >> 5) - CONSUMER_WARPS, finisher = FINISH_WARPS - 1;
+    item_ring at = {0};
+    uint32_t parity = 0;
+    dependency_wait();
+    for (;;) {
+        mbarrier_wait(bar.item_full(at.i()), at.parity());
+        work_item item = s->item[at.i()];
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(bar.item_empty(at.i()));
+        at.n++;
+        if (!item.phase) return;
+        if (item.phase == PHASE_ROUND) continue;
+        finisher = (finisher + 1) % FINISH_WARPS;
+        if (finisher != me) continue;
+
+        /* What the end needs is asked for now; lane i has that of column i. */
+        bool down = item.phase == MOE4_PHASE_DOWN, mine = lane < item.tile.n, wide = (down ? run.h_factor : run.x_factor) != NULL;
+        int e = item.tile.expert, my_slot = mine ? run.slots[item.tile.first + lane] : 0;
+        float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e], my_factor = 1.f;
+        if (mine && wide && !down) my_factor = run.x_factor[x_row(run, my_slot)];
+        for (int j0 = 0; 8 * j0 < item.tile.n; j0 += P::tiles) {
+            mbarrier_wait(bar.partial_full(me), parity);
+            parity ^= 1;
+            if (mine && wide && down && !j0) my_factor = __ldcg(run.h_factor + item.tile.first + lane); /* it came with the rows */
+            finish_round<NT, S>(run, item, partials, j0, my_slot, my_factor, alpha, up_alpha);
+            mbarrier_arrive(bar.partial_empty());
+        }
+        if (down || h_is_marked<S>(run)) continue;
+        __syncwarp();
+        if (lane == 0) {
+            if (run.act == MOE4_ACT_W4A16) fence_proxy_async(); /* h will be read by bulk copies */
+            add_release(run.done + item.index, 1);
+        }
+    }
+}
+
+/* ---- the kernel ---- */
+
 template <int NT>
-static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ moe4_layer_run run, int phases) {
+static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ moe4_layer_run run, int phases, bool early) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ __align__(8) block_shared s;
     using S = shape<NT>;
     float *partials = (float *)memory;
+    int *counts = (int *)memory; /* until the first item ends */
     uint32_t stages = smem_address(memory) + S::partial_bytes;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int warp = threadIdx.x >> 5;
+    dependency_launch();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_stages; i++) {
             mbarrier_init(smem_address(&s.full[i]), 2);
@@ -339,44 +288,52 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
         }
         for (int i = 0; i < N_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
-            mbarrier_init(smem_address(&s.item_empty[i]), CONSUMER_WARPS + 2);
-            mbarrier_init(smem_address(&s.stored[i]), CONSUMER_WARPS);
+            mbarrier_init(smem_address(&s.item_empty[i]), CONSUMER_WARPS + FINISH_WARPS + 1);
         }
+        for (int i = 0; i < FINISH_WARPS; i++) mbarrier_init(smem_address(&s.partial_full[i]), CONSUMER_WARPS * 32);
+        mbarrier_init(smem_address(&s.partial_empty), 32);
         mbarrier_init_fence();
     }
-    __syncthreads();
-    dependency_launch();
-    dependency_wait();
+    if (early)
+        count_slots(run, counts);
+    else
+        __syncthreads();
     if (warp < CONSUMER_WARPS) {
+        if (NT > 2) registers_take<CONSUMER_REGISTERS>();
         consume<NT>(run, &s, stages, partials);
-    } else if (warp == CONSUMER_WARPS) {
-        if (lane == 0) load_weights<NT>(run, phases, &s, stages);
-    } else if (warp == CONSUMER_WARPS + 1) {
-        load_activations<NT>(run, phases, &s, stages);
     } else {
-        if (lane == 0) tell_done(run, &s);
+        if (NT > 2) registers_give<OTHER_REGISTERS>();
+        if (warp < WEIGHT_WARP)
+            finish<NT>(run, &s, partials);
+        else if (warp == WEIGHT_WARP)
+            load_weights<NT>(run, phases, &s, stages, early ? counts : NULL);
+        else
+            load_activations<NT>(run, phases, &s, stages);
     }
 #endif
 }
 
-typedef void (*decode_fn)(moe4_layer_run, int);
+typedef void (*decode_fn)(moe4_layer_run, int, bool);
+
+template <int NT> static cudaError_t launch(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
+    using S = shape<NT>;
+    decode_fn kernel = decode_kernel<NT>;
+    bool early = run->slots_are == MOE4_SLOTS_BY_ID && run->w.n * (int)sizeof(int) <= S::partial_bytes &&
+                 (long long)run->n_tokens * run->top_k <= 4 * THREADS;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+    if (error != cudaSuccess) return error;
+    return moe4_cuda_launch_early(kernel, dim3((unsigned)n_sms), THREADS, (size_t)S::shared_bytes, stream, *run, phases, early);
+}
 
 cudaError_t moe4_cuda_decode_sm90(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
-    static const struct {
-        int columns, shared_bytes;
-        decode_fn kernel;
-    } kernels[] = {{8, shape<1>::shared_bytes, decode_kernel<1>},
-                   {16, shape<2>::shared_bytes, decode_kernel<2>},
-                   {32, shape<4>::shared_bytes, decode_kernel<4>}};
     if (!(phases & MOE4_PHASE_GATE_UP)) { /* the tickets start again */
         cudaError_t error = cudaMemsetAsync(&run->state->ticket, 0, sizeof run->state->ticket, stream);
         if (error != cudaSuccess) return error;
     }
-    for (const auto &k : kernels) {
-        if (k.columns != run->tile_columns) continue;
-        cudaError_t error = cudaFuncSetAttribute(k.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared_bytes);
-        if (error != cudaSuccess) return error;
-        return moe4_cuda_launch_early(k.kernel, dim3((unsigned)n_sms), THREADS, (size_t)k.shared_bytes, stream, *run, phases);
+    switch (run->tile_columns) {
+    case 8: return launch<1>(run, phases, n_sms, stream);
+    case 16: return launch<2>(run, phases, n_sms, stream);
+    case 24: return launch<3>(run, phases, n_sms, stream);
+    default: return cudaErrorInvalidValue;
     }
-    return cudaErrorInvalidValue;
 }

@@ -7,33 +7,39 @@
  * The order of summation is product.cuh's, so the bits are those of the sm_90 kernels. */
 #include "product.cuh"
 
-#define THREADS (2 * MOE4_SLICES * 32) /* two groups have the 64 rows of an item */
+#define THREADS (2 * MOE4_GROUP_WARPS * 32) /* two groups have the 64 rows of an item */
 
-/* acc[m][j] = this warp's share of k for its group's half of a row tile, against columns whose rows start at b_row[j]. */
+/* acc[i][m][j] = slice warp + 4i of k for the group's half of a row tile, against columns whose rows start at b_row[j]. */
 template <int NT>
-static __device__ __forceinline__ void warp_product(float acc[MOE4_ROW_TILES][NT][4], const uint8_t *row_tile, int units,
+static __device__ __forceinline__ void warp_product(float acc[2][MOE4_ROW_TILES][NT][4], const uint8_t *row_tile, int units,
                                                     const __nv_bfloat16 *const b_row[NT]) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_SLICES;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_GROUP_WARPS;
 #pragma unroll
-    for (int i = 0; i < MOE4_ROW_TILES * NT * 4; i++) ((float *)acc)[i] = 0.f;
-    for (int u = warp % MOE4_SLICES; u < units; u += MOE4_SLICES) {
-        const uint8_t *unit = row_tile + (size_t)u * MOE4_UNIT_BYTES;
-        uint4 words[MOE4_ROW_TILES], b[NT][2];
+    for (int i = 0; i < 2 * MOE4_ROW_TILES * NT * 4; i++) ((float *)acc)[i] = 0.f;
+    for (int u0 = warp % MOE4_GROUP_WARPS; u0 < units; u0 += MOE4_SLICES)
 #pragma unroll
-        for (int m = 0; m < MOE4_ROW_TILES; m++) words[m] = __ldg((const uint4 *)(unit + 512 * (MOE4_ROW_TILES * half + m)) + lane);
-        uint32_t scales = __ldg((const uint32_t *)(unit + MOE4_UNIT_CODE_BYTES) + 2 * lane + half);
+        for (int i = 0; i < 2; i++) {
+            int u = u0 + i * MOE4_GROUP_WARPS;
+            if (u >= units) break;
+            const uint8_t *unit = row_tile + (size_t)u * MOE4_UNIT_BYTES;
+            uint4 words[MOE4_ROW_TILES], b[2][NT];
 #pragma unroll
-        for (int j = 0; j < NT; j++)
+            for (int m = 0; m < MOE4_ROW_TILES; m++) words[m] = __ldg((const uint4 *)(unit + 512 * (MOE4_ROW_TILES * half + m)) + lane);
+            uint32_t scales = __ldg((const uint32_t *)(unit + MOE4_UNIT_CODE_BYTES) + 2 * lane + half);
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                b[j][i] = b_row[j] ? *((const uint4 *)(b_row[j] + u * MOE4_UNIT_K + 16 * (lane & 3)) + i) : make_uint4(0, 0, 0, 0);
+            for (int j = 0; j < NT; j++)
 #pragma unroll
-        for (int m = 0; m < MOE4_ROW_TILES; m++) {
-            uint32_t scale_g, scale_g8;
-            unit_scales(&scale_g, &scale_g8, scales, m);
-            unit_tile_product<NT>(acc[m], words[m], scale_g, scale_g8, b);
+                for (int p = 0; p < 2; p++)
+                    b[p][j] = b_row[j] ? *((const uint4 *)(b_row[j] + u * MOE4_UNIT_K + 16 * (lane & 3)) + p) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int m = 0; m < MOE4_ROW_TILES; m++) {
+                uint32_t scale_g, scale_g8;
+                unit_scales(&scale_g, &scale_g8, scales, m);
+                half_unit_product<NT>(acc[i][m], words[m].x, words[m].y, scale_g, scale_g8, b[0]);
+                half_unit_product<NT>(acc[i][m], words[m].z, words[m].w, scale_g, scale_g8, b[1]);
+            }
         }
-    }
+    add_slices<NT>(acc[0], acc[1]);
 }
 
 /* h from a pair's sums: gate and up of one feature, or two features eight apart where there is no gate. */
@@ -62,7 +68,7 @@ template <int NT, bool ANY>
 static __device__ __forceinline__ void product_item(const moe4_layer_run &run, bool down, const moe4_tile &tile, int row_tile,
                                                     float *partials) {
     using P = partial_shape<NT>;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_SLICES, slice = warp % MOE4_SLICES, e = tile.expert;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_GROUP_WARPS, slice = warp % MOE4_GROUP_WARPS, e = tile.expert;
     int units = down ? run.w.intermediate_units : run.w.hidden_units;
     const __nv_bfloat16 *b_row[NT], *rows = down ? run.h : run.x;
 #pragma unroll
@@ -72,7 +78,7 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
         b_row[j] = column < tile.n ? rows + (size_t)r * (size_t)(units * MOE4_UNIT_K) : NULL;
     }
     const uint8_t *weights = down ? run.w.down + (size_t)e * run.w.down_bytes : run.w.gate_up + (size_t)e * run.w.gate_up_bytes;
-    float acc[MOE4_ROW_TILES][NT][4];
+    float acc[2][MOE4_ROW_TILES][NT][4];
     warp_product<NT>(acc, weights + (size_t)row_tile * (size_t)units * MOE4_UNIT_BYTES, units, b_row);
 
     float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e];
@@ -81,7 +87,7 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
 #pragma unroll
     for (int j0 = 0; j0 < NT; j0 += P::tiles) {
         __syncthreads();
-        store_partials<NT>(partials, slice, lane, acc, j0);
+        store_partials<NT>(partials + slice * P::warp_floats, lane, acc[0], j0);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < P::tiles; i++) { /* 8 * tiles columns for the half warps of four warps */
@@ -89,7 +95,7 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
             bool here = c < tile.n;
             uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
             if (here) {
-                float2 sum = sum_partials<NT>(partials, column, pair);
+                float2 sum = sum_partials<NT>(partials, column, pair, 0);
                 int slot = run.slots[row];
                 if (down)
                     store_o(run, slot, pair_row(row0, pair), sum, alpha * (run.h_factor ? run.h_factor[row] : 1.f));
@@ -116,6 +122,8 @@ template <bool ANY> static __device__ __forceinline__ void run_items(const moe4_
             product_item<1, ANY>(run, down, tile, row_tile, partials);
         else if (tile.n <= 16)
             product_item<2, ANY>(run, down, tile, row_tile, partials);
+        else if (tile.n <= 24)
+            product_item<3, ANY>(run, down, tile, row_tile, partials);
         else
             product_item<4, ANY>(run, down, tile, row_tile, partials);
     }

@@ -16,6 +16,16 @@ typedef uint16_t moe4_bf16; /* the same bits; the host never reads them */
 
 #include "../nvfp4.h"
 
+/* Where a run's tiles have few columns, `prepare` fills h_wide with words that no result has: who waits for a row reads it until none is
+ * left. That spares a fence and a flag between blocks, whose latency a call for one token sees. */
+#ifdef __CUDACC__
+#define MOE4_ON_DEVICE __host__ __device__
+#else
+#define MOE4_ON_DEVICE
+#endif
+#define MOE4_MARK 0xFFFFFFFFu
+#define MOE4_MARKED_COLUMNS 8
+
 /* Up to `n` slots of one expert that run as columns of the same product. The tiles of an expert are neighbours in the list. */
 struct moe4_tile {
     int expert;  /* local */
@@ -70,7 +80,7 @@ struct moe4_layer_run {
     moe4_activation activation;
     float alpha, beta, limit; /* its parameters; no limit: 0 */
     int n_tokens, top_k;
-    int tile_columns; /* 8, 16 or 32 */
+    int tile_columns; /* 8, 16, 24 or 32 */
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */
@@ -114,6 +124,12 @@ struct moe4_layer_run {
     int *ready;        /* [max_tiles] 1: the rows of h may be read */
     float *o;          /* [n_tokens * top_k, hidden] by slot: the experts' outputs */
 };
+
+/* h_wide is full of marks after `prepare`. */
+static inline MOE4_ON_DEVICE int moe4_cuda_marks_h(const struct moe4_layer_run *run) {
+    return run->h_wide && run->tile_columns <= MOE4_MARKED_COLUMNS && run->act != MOE4_ACT_TENSOR && run->act != MOE4_ACT_BF16 &&
+           run->slots_are == MOE4_SLOTS_BY_ID;
+}
 
 /* Gate and up with something that only the portable kernel does. */
 static inline int moe4_cuda_has_options(const struct moe4_layer_run *run) {

@@ -129,11 +129,18 @@ static __device__ __forceinline__ activation_block activation_block_scale(float 
     return b;
 }
 
+/* The E2M1 value nearest to a, which is not negative: ties to the even code, 6 for what is larger and for a NaN. From 1 up that is one bit
+ * of mantissa, below it multiples of 0.5: an ulp of the number that is added and taken away. */
+static __device__ __forceinline__ float e2m1_nearest(float a) {
+    a = fminf(a, 6.f);
+    float grid = __uint_as_float(max(__float_as_uint(a) & 0x7F800000u, 0x3F800000u) + (22u << 23));
+    return __fsub_rn(__fadd_rn(a, grid), grid);
+}
+
 /* The value e2m1 * scale of one element, exact in bf16; the global scale is left out. */
 static __device__ __forceinline__ float activation_round(float x, const activation_block &b) {
-    if (!b.byte) return 0.f;
-    float y = __fmul_rn(x, b.factor);
-    return copysignf(e2m1_value(e2m1_magnitude(fabsf(y))) * b.scale, y);
+    float y = __fmul_rn(x, b.factor), v = copysignf(e2m1_nearest(fabsf(y)) * b.scale, y);
+    return b.byte ? v : 0.f;
 }
 
 #endif

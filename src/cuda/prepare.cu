@@ -14,6 +14,7 @@
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
+#define FEW 128 /* slots, at most THREADS */
 
 /* ---- dispatch ---- */
 
@@ -44,7 +45,8 @@ static __device__ void write_tiles(const moe4_layer_run &run, int expert, int fi
     }
 }
 
-static __device__ void dispatch(const moe4_layer_run &run) {
+/* n_tiles, n_slots, experts hit */
+static __device__ int3 sort_many(const moe4_layer_run &run) {
     extern __shared__ int counts[]; /* [warp][expert] */
     __shared__ int2 scratch[WARPS];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_experts = run.w.n;
@@ -90,14 +92,53 @@ static __device__ void dispatch(const moe4_layer_run &run) {
         if (e >= 0 && rank == 0) counts[warp * n_experts + e] += __popc(peers);
         __syncwarp();
     }
+    return make_int3(base.y, base.x, hit);
+}
 
-    for (int i = threadIdx.x; i < base.y; i += THREADS) run.done[i] = run.ready[i] = 0;
+/* The same for few slots: every thread compares its slot with all others, so that nothing waits but for two barriers. */
+static __device__ int3 sort_few(const moe4_layer_run &run) {
+    __shared__ int expert[FEW], tiles[FEW];
+    int n = run.n_tokens * run.top_k, s = threadIdx.x, e = s < n ? local_expert(run, s) : -1;
+    for (int i = s; i < run.w.n; i += THREADS) run.expert_slots[i] = 0;
+    if (s < n) expert[s] = e;
+    __syncthreads();
+    int before = 0, same = 0, same_before = 0;
+    for (int i = 0; e >= 0 && i < n; i++) {
+        int other = expert[i];
+        before += other >= 0 && other < e;
+        same += other == e;
+        same_before += other == e && i < s;
+    }
+    bool first = e >= 0 && same_before == 0;
+    int mine = first ? (same + run.tile_columns - 1) / run.tile_columns : 0;
+    if (s < n) tiles[s] = mine;
+    if (e >= 0) run.slots[before + same_before] = s;
+    if (first) run.expert_slots[e] = same;
+    int n_slots = __syncthreads_count(e >= 0), hit = __syncthreads_count(first), head = 0, n_tiles = 0;
+    for (int i = 0; i < n; i++) {
+        head += expert[i] < e ? tiles[i] : 0;
+        n_tiles += tiles[i];
+    }
+    if (first) write_tiles(run, e, before, same, head, mine);
+    return make_int3(n_tiles, n_slots, hit);
+}
+
+static __device__ void dispatch(const moe4_layer_run &run) {
+    int3 n = run.n_tokens * run.top_k <= FEW ? sort_few(run) : sort_many(run);
+    for (int i = threadIdx.x; i < n.x; i += THREADS) run.done[i] = run.ready[i] = 0;
     if (run.h_amax)
-        for (int i = threadIdx.x; i < base.x; i += THREADS) {
+        for (int i = threadIdx.x; i < n.y; i += THREADS) {
             run.h_amax[i] = 0;
             run.h_saturated[i] = 0;
         }
-    if (threadIdx.x == 0) *run.state = {run.owner, run.n_tokens, base.y, base.x, hit, 0, 0, 0};
+    if (threadIdx.x == 0) { /* all but the ticket, which may be moving already */
+        run.state->owner = run.owner;
+        run.state->n_tokens = run.n_tokens;
+        run.state->n_tiles = n.x;
+        run.state->n_slots = n.y;
+        run.state->n_experts_hit = n.z;
+        run.state->by_rows = run.state->n_summed = 0;
+    }
 }
 
 /* ---- rows of x ---- */
@@ -116,12 +157,16 @@ static __device__ const void *x_at(const moe4_layer_run &run, int token, int k) 
     return (const char *)run.x_in + i * (run.x_dtype == MOE4_F32 ? 4 : 2);
 }
 
-static __device__ uint32_t x_row_amax(const moe4_layer_run &run, int token) {
+/* The largest |x| of a row; v = the thread's first block of it. */
+static __device__ uint32_t x_row_amax(const moe4_layer_run &run, int token, float v[16]) {
     uint32_t amax = 0;
-    for (int b = threadIdx.x; b < run.w.hidden / 16; b += THREADS) {
-        float v[16];
-        load_16(v, x_at(run, token, 16 * b), run.x_dtype);
-        amax = max(amax, amax_bits_16(v));
+    fill_16(v, 0.f);
+    if (threadIdx.x < run.w.hidden / 16) load_16(v, x_at(run, token, 16 * threadIdx.x), run.x_dtype);
+    amax = amax_bits_16(v);
+    for (int b = threadIdx.x + THREADS; b < run.w.hidden / 16; b += THREADS) {
+        float other[16];
+        load_16(other, x_at(run, token, 16 * b), run.x_dtype);
+        amax = max(amax, amax_bits_16(other));
     }
     return block_max(amax);
 }
@@ -132,7 +177,8 @@ static __device__ void round_x_row(const moe4_layer_run &run, int row) {
         token = row / run.top_k;
         expert = local_expert(run, row);
     }
-    uint32_t amax = x_row_amax(run, token);
+    float v[16];
+    uint32_t amax = x_row_amax(run, token, v);
     bool bad = amax >= MOE4_INF_BITS;
     if (threadIdx.x == 0 && (run.act != MOE4_ACT_STATIC || row % run.top_k == 0)) run.x_bad[token] = bad;
     if (expert < 0) {
@@ -147,12 +193,14 @@ static __device__ void round_x_row(const moe4_layer_run &run, int row) {
     for (int b0 = 0; b0 < run.w.hidden_units * 4; b0 += THREADS) {
         int b = b0 + threadIdx.x, over = 0;
         if (b < run.w.hidden_units * 4) {
-            float v[16];
-            fill_16(v, bad ? __uint_as_float(0x7FFFFFFFu) : 0.f);
-            if (b < run.w.hidden / 16 && !bad) {
-                load_16(v, x_at(run, token, 16 * b), run.x_dtype);
-                if (run.act != MOE4_ACT_W4A16) over = round_16(v, S);
+            if (b0) {
+                fill_16(v, 0.f);
+                if (b < run.w.hidden / 16) load_16(v, x_at(run, token, 16 * b), run.x_dtype);
             }
+            if (bad)
+                fill_16(v, __uint_as_float(0x7FFFFFFFu));
+            else if (run.act != MOE4_ACT_W4A16)
+                over = round_16(v, S);
             store_bf16_16(out + 16 * b, v);
         }
         saturated += __syncthreads_count(over);
@@ -163,11 +211,28 @@ static __device__ void round_x_row(const moe4_layer_run &run, int row) {
     }
 }
 
+/* This block's share of the marks (kernels.h); block 0, which sorts, has none unless it is alone. */
+static __device__ void mark_h(const moe4_layer_run &run) {
+    if (!moe4_cuda_marks_h(&run) || (gridDim.x > 1 && blockIdx.x == 0)) return;
+    size_t n = (size_t)run.n_tokens * (size_t)run.top_k * (size_t)run.w.intermediate_units * MOE4_UNIT_K / 4;
+    size_t blocks = gridDim.x > 1 ? gridDim.x - 1 : 1, block = gridDim.x > 1 ? (size_t)blockIdx.x - 1 : 0;
+    for (size_t i = block * THREADS + threadIdx.x; i < n; i += blocks * THREADS)
+        ((uint4 *)run.h_wide)[i] = {MOE4_MARK, MOE4_MARK, MOE4_MARK, MOE4_MARK};
+}
+
 static __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_constant__ moe4_layer_run run) {
 #if __CUDA_ARCH__ == 900
-    dependency_launch();
     dependency_wait();
 #endif
+    if (blockIdx.x == 0) {
+        if (threadIdx.x == 0) run.state->ticket = 0;
+        __threadfence();
+        __syncthreads();
+    }
+#if __CUDA_ARCH__ == 900
+    dependency_launch(); /* who starts by this may read the call's inputs and draw tickets, nothing else before it waits */
+#endif
+    mark_h(run);
     if (blockIdx.x == 0)
         dispatch(run);
     else
@@ -175,7 +240,8 @@ static __global__ void __launch_bounds__(THREADS) prepare_kernel(const __grid_co
 }
 
 static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_constant__ moe4_layer_run run) {
-    uint32_t amax = x_row_amax(run, (int)blockIdx.x);
+    float v[16];
+    uint32_t amax = x_row_amax(run, (int)blockIdx.x, v);
     if (threadIdx.x == 0 && amax < MOE4_INF_BITS) atomicMax(run.x_amax, amax);
 }
 
@@ -206,16 +272,10 @@ static __global__ void __launch_bounds__(THREADS) h_amax_kernel(const __grid_con
 }
 
 static __global__ void __launch_bounds__(128) round_h_kernel(const __grid_constant__ moe4_layer_run run) {
+    const uint32_t *batch_amax = run.act == MOE4_ACT_TENSOR ? run.h_amax + run.n_tokens * run.top_k : NULL;
     int n_tiles = run.state->n_tiles;
-    for (int t = blockIdx.x; t < n_tiles; t += gridDim.x) {
-        moe4_tile tile = run.tiles[t];
-        int blocks = run.w.intermediate_units * 4;
-        for (int i = blockIdx.y * 128 + threadIdx.x; i < tile.n * blocks; i += gridDim.y * 128) {
-            int row = tile.first + i / blocks;
-            uint32_t bits = run.h_amax[run.act == MOE4_ACT_TENSOR ? run.n_tokens * run.top_k : row];
-            if (round_h_block(run, row, i % blocks, tile.expert, bits)) atomicAdd(run.h_saturated + row, 1);
-        }
-    }
+    for (int t = blockIdx.x; t < n_tiles; t += gridDim.x)
+        round_h_rows(run, run.tiles[t], (int)(blockIdx.y * 128 + threadIdx.x), (int)gridDim.y * 128, batch_amax);
 }
 
 cudaError_t moe4_cuda_quantize_h(const moe4_layer_run *run, cudaStream_t stream) {

@@ -46,6 +46,21 @@ static __device__ __forceinline__ void store_release(int *p, int v) {
 static __device__ __forceinline__ void add_release(int *p, int v) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+static __device__ __forceinline__ int add_acquire_release(int *p, int v) {
+    int old;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+
+/* Data that carries its own flag: each 32-bit word arrives whole, and in no order. */
+static __device__ __forceinline__ void store_relaxed_4(void *p, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+static __device__ __forceinline__ uint4 load_relaxed_16(const void *p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
 
 /* A named barrier for n_threads of a block. */
 static __device__ __forceinline__ void barrier_sync(int id, int n_threads) {
@@ -103,6 +118,14 @@ static __device__ __forceinline__ void dependency_wait(void) {
 }
 static __device__ __forceinline__ void dependency_launch(void) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+/* A group of four warps takes registers from the block's pool, which others have given back. */
+template <int N> static __device__ __forceinline__ void registers_take(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> static __device__ __forceinline__ void registers_give(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 #endif

@@ -1,0 +1,322 @@
+/* The decode kernel's work items, its rings of stages, and the two warps that fill them (decode_sm90.cu has the whole picture). */
+#ifndef MOE4_CUDA_DECODE_SM90_CUH
+#define MOE4_CUDA_DECODE_SM90_CUH
+
+#include <stddef.h>
+
+#include "launch.cuh"
+#include "product.cuh"
+
+#define GROUPS 4
+#define CONSUMER_WARPS (GROUPS * MOE4_GROUP_WARPS)
+#define FINISH_WARPS 2
+#define WEIGHT_WARP (CONSUMER_WARPS + FINISH_WARPS)
+#define ACTIVATION_WARP (WEIGHT_WARP + 1)
+#define THREADS ((ACTIVATION_WARP + 1) * 32)
+#define CONSUMER_REGISTERS 104 /* of 96 that each is launched with */
+#define OTHER_REGISTERS 64
+#define STAGE_UNITS 16 /* of weights */
+#define WEIGHT_BYTES (STAGE_UNITS * MOE4_UNIT_BYTES)
+#define N_ITEMS 4
+#define MAX_STAGES 8
+#define SHARED_BYTES (227 * 1024 - 512) /* for partial sums and stages, beside block_shared */
+
+#define PHASE_ROUND 4 /* beside MOE4_PHASE_… */
+
+struct work_item {
+    moe4_tile tile;
+    int phase; /* 0: no more work */
+    int index; /* of the column tile */
+    int row_tile;
+};
+
+/* NT: columns / 8 that a stage has room for. With few columns an item is one row tile of 64 and a stage 1024 k of it, so that one token's
+ * work divides evenly among the multiprocessors; with more it is two row tiles and 512 k, which asks for half as many activations. */
+template <int NT> struct shape {
+    static constexpr int columns = 8 * NT;
+    static constexpr int item_tiles = NT == 1 ? 1 : 2;
+    static constexpr int units = STAGE_UNITS / item_tiles;           /* of k in a stage */
+    static constexpr int x_row_bytes = units * MOE4_UNIT_K * 2 + 16; /* 16 more against bank conflicts */
+    static constexpr int stage_bytes = WEIGHT_BYTES + 8 * NT * x_row_bytes;
+    static constexpr int warp_floats = partial_shape<NT>::warp_floats, partial_bytes = CONSUMER_WARPS * warp_floats * 4;
+    static constexpr int n_fit = (SHARED_BYTES - partial_bytes) / stage_bytes, n_stages = n_fit < MAX_STAGES ? n_fit : MAX_STAGES;
+    static constexpr int shared_bytes = partial_bytes + n_stages * stage_bytes;
+};
+
+/* Items that the rows of a column tile are divided into. */
+template <class S> static __host__ __device__ constexpr int items_of(int row_tiles) {
+    return (row_tiles + S::item_tiles - 1) / S::item_tiles;
+}
+
+template <class S> static __device__ bool h_is_marked(const moe4_layer_run &run) {
+    return S::columns <= MOE4_MARKED_COLUMNS && moe4_cuda_marks_h(&run);
+}
+
+struct block_shared {
+    uint64_t full[MAX_STAGES], empty[MAX_STAGES], item_full[N_ITEMS], item_empty[N_ITEMS];
+    uint64_t partial_full[FINISH_WARPS], partial_empty;
+    work_item item[N_ITEMS];
+    uint32_t amax[CONSUMER_WARPS]; /* of a round item's row */
+};
+static_assert(sizeof(block_shared) <= 512, "fits beside SHARED_BYTES");
+
+/* The same by addresses in shared memory. They are counted from one register that the compiler cannot see through: left to itself it works
+ * every address out again each time. */
+struct barriers {
+    uint32_t block;
+    __device__ explicit barriers(const block_shared *s) : block(smem_address(s)) { keep(&block); }
+    static __device__ void keep(uint32_t *v) { asm volatile("" : "+r"(*v)); }
+    __device__ uint32_t full(int i) const { return block + (uint32_t)(offsetof(block_shared, full) + 8 * i); }
+    __device__ uint32_t empty(int i) const { return block + (uint32_t)(offsetof(block_shared, empty) + 8 * i); }
+    __device__ uint32_t item_full(int i) const { return block + (uint32_t)(offsetof(block_shared, item_full) + 8 * i); }
+    __device__ uint32_t item_empty(int i) const { return block + (uint32_t)(offsetof(block_shared, item_empty) + 8 * i); }
+    __device__ uint32_t partial_full(int i) const { return block + (uint32_t)(offsetof(block_shared, partial_full) + 8 * i); }
+    __device__ uint32_t partial_empty() const { return block + (uint32_t)offsetof(block_shared, partial_empty); }
+};
+
+/* Position in a ring: index and phase parity. */
+struct ring {
+    int i;
+    uint32_t parity;
+    __device__ void next(int n) {
+        if (++i == n) {
+            i = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* The same in the ring of items, whose length is a power of two. */
+struct item_ring {
+    uint32_t n;
+    __device__ int i() const { return (int)(n % N_ITEMS); }
+    __device__ uint32_t parity() const { return n / N_ITEMS & 1; }
+};
+
+struct operands {
+    const uint8_t *weights; /* of the item's first row tile */
+    const __nv_bfloat16 *rows;
+    int units, tiles; /* of k; of rows */
+};
+
+template <class S> static __device__ operands item_operands(const moe4_layer_run &run, int phase, int expert, int row_tile) {
+    bool down = phase == MOE4_PHASE_DOWN;
+    operands o;
+    o.units = down ? run.w.intermediate_units : run.w.hidden_units;
+    o.weights = (down ? run.w.down + (size_t)expert * run.w.down_bytes : run.w.gate_up + (size_t)expert * run.w.gate_up_bytes) +
+                (size_t)row_tile * (size_t)o.units * MOE4_UNIT_BYTES;
+    o.rows = down ? run.h : run.x;
+    o.tiles = min(S::item_tiles, (down ? run.w.down_tiles : run.w.gate_up_tiles) - row_tile);
+    return o;
+}
+
+/* ---- a first look at the routing, so that weights stream while `prepare` still sorts and rounds ---- */
+
+/* counts[expert] from the ids, by the whole block. */
+static __device__ void count_slots(const moe4_layer_run &run, int *counts) {
+    for (int i = threadIdx.x; i < run.w.n; i += THREADS) counts[i] = 0;
+    __syncthreads();
+    for (int s = threadIdx.x; s < run.n_tokens * run.top_k; s += THREADS) {
+        int e = local_expert(run, s);
+        if (e >= 0) atomicAdd(&counts[e], 1);
+    }
+    __syncthreads();
+}
+
+/* The first column tile of the expert that has tile `index`, by a warp; right in `n` where it is the only one. Expert -1 past the last. */
+static __device__ moe4_tile find_tile(const moe4_layer_run &run, const int *counts, int index) {
+    int lane = threadIdx.x & 31, tiles_before = 0, slots_before = 0;
+    for (int e0 = 0; e0 < run.w.n; e0 += 32) {
+        int n = e0 + lane < run.w.n ? counts[e0 + lane] : 0, n_tiles = (n + run.tile_columns - 1) / run.tile_columns;
+        int tiles = n_tiles, slots = n;
+        for (int d = 1; d < 32; d *= 2) {
+            int t = __shfl_up_sync(0xFFFFFFFFu, tiles, d), s = __shfl_up_sync(0xFFFFFFFFu, slots, d);
+            if (lane >= d) tiles += t, slots += s;
+        }
+        uint32_t there = __ballot_sync(0xFFFFFFFFu, tiles_before + tiles > index);
+        if (there) {
+            int at = __ffs(there) - 1;
+            n = __shfl_sync(0xFFFFFFFFu, n, at);
+            n_tiles = __shfl_sync(0xFFFFFFFFu, n_tiles, at);
+            return {e0 + at, slots_before + __shfl_sync(0xFFFFFFFFu, slots, at) - n, n,
+                    tiles_before + __shfl_sync(0xFFFFFFFFu, tiles, at) - n_tiles, n_tiles};
+        }
+        tiles_before += __shfl_sync(0xFFFFFFFFu, tiles, 31);
+        slots_before += __shfl_sync(0xFFFFFFFFu, slots, 31);
+    }
+    return {-1, 0, 0, 0, 0};
+}
+
+/* ---- a warp: tickets and weights ---- */
+
+template <int NT>
+static __device__ __forceinline__ void load_stage(const operands &o, int u, uint32_t stage, uint32_t full, uint64_t policy) {
+    using S = shape<NT>;
+    uint32_t bytes = (uint32_t)min(S::units, o.units - u) * MOE4_UNIT_BYTES;
+    mbarrier_arrive_expect(full, (uint32_t)o.tiles * bytes);
+#pragma unroll 1
+    for (int r = 0; r < o.tiles; r++)
+        bulk_load_streaming(stage + (uint32_t)(r * S::units * MOE4_UNIT_BYTES),
+                            o.weights + ((size_t)r * (size_t)o.units + (size_t)u) * MOE4_UNIT_BYTES, bytes, full, policy);
+}
+
+/* A ticket on its way to a work item: the load of its expert's first tile passes while stages load. */
+struct drawn {
+    int phase, local, items; /* within the phase; items of a column tile */
+    moe4_tile head;
+};
+
+/* The tickets of a call. */
+template <class S> struct ticket_plan {
+    int n_gate_up, n_round, n_down; /* items; n_gate_up -1: not known yet */
+
+    __device__ void read(const moe4_layer_run &run, int phases) {
+        dependency_wait();
+        int n_tiles = run.state->n_tiles;
+        n_gate_up = phases & MOE4_PHASE_GATE_UP ? n_tiles * items_of<S>(run.w.gate_up_tiles) : 0;
+        n_round = phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && run.act != MOE4_ACT_W4A16 ? n_tiles : 0;
+        n_down = phases & MOE4_PHASE_DOWN ? n_tiles * items_of<S>(run.w.down_tiles) : 0;
+    }
+
+    __device__ drawn look_up(const moe4_layer_run &run, int ticket) const {
+        drawn d = {0, ticket, 1, {}};
+        if (ticket < n_gate_up) {
+            d.phase = MOE4_PHASE_GATE_UP;
+            d.items = items_of<S>(run.w.gate_up_tiles);
+        } else if ((d.local -= n_gate_up) < n_round) {
+            d.phase = PHASE_ROUND;
+        } else if ((d.local -= n_round) < n_down) {
+            d.phase = MOE4_PHASE_DOWN;
+            d.items = items_of<S>(run.w.down_tiles);
+        }
+        if (d.phase) d.head = run.tiles[d.local / d.items];
+        return d;
+    }
+};
+
+template <class S> static __device__ work_item place_drawn(const moe4_layer_run &run, const drawn &d) {
+    work_item item;
+    item.phase = d.phase;
+    if (!d.phase) return item;
+    if (d.phase == PHASE_ROUND) {
+        item.tile = d.head;
+        item.index = d.local;
+        return item;
+    }
+    tile_place(run, d.head, d.local, d.items, &item.tile, &item.index, &item.row_tile);
+    item.row_tile *= S::item_tiles;
+    return item;
+}
+
+/* Before anything of `prepare` may be read: the first stages of what the first ticket will turn out to be, if it is of the first phase.
+ * Their number; *d is what the plan would find. */
+template <int NT>
+static __device__ int load_early(drawn *d, const moe4_layer_run &run, int phases, const barriers &bar, uint32_t stages, const int *counts,
+                                 int ticket, uint64_t policy) {
+    using S = shape<NT>;
+    d->phase = phases & MOE4_PHASE_GATE_UP ? MOE4_PHASE_GATE_UP : MOE4_PHASE_DOWN;
+    d->items = items_of<S>(d->phase == MOE4_PHASE_DOWN ? run.w.down_tiles : run.w.gate_up_tiles);
+    d->local = ticket;
+    d->head = find_tile(run, counts, ticket / d->items);
+    if (d->head.expert < 0) return 0;
+    int row_tile = (ticket - d->head.head * d->items) / d->head.n_tiles;
+    operands o = item_operands<S>(run, d->phase, d->head.expert, row_tile * S::item_tiles);
+    int n = min(S::n_stages, (o.units + S::units - 1) / S::units);
+    if ((threadIdx.x & 31) == 0)
+#pragma unroll 1
+        for (int i = 0; i < n; i++) load_stage<NT>(o, i * S::units, stages + (uint32_t)(i * S::stage_bytes), bar.full(i), policy);
+    return n;
+}
+
+template <int NT>
+static __device__ void load_weights(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages, const int *counts) {
+    using S = shape<NT>;
+    barriers bar(s);
+    int lane = threadIdx.x & 31, ticket = 0, loaded = 0; /* stages already under way */
+    uint64_t policy = policy_evict_first();
+    drawn next;
+    if (lane == 0) ticket = atomicAdd(&run.state->ticket, 1);
+    if (counts) loaded = load_early<NT>(&next, run, phases, bar, stages, counts, __shfl_sync(0xFFFFFFFFu, ticket, 0), policy);
+    if (lane) return;
+    ticket_plan<S> plan = {-1, -1, -1};
+    if (!loaded || next.head.n_tiles > 1) {
+        plan.read(run, phases);
+        next = plan.look_up(run, ticket);
+    }
+    ring stage = {0, 0};
+    item_ring at = {0};
+    for (;;) {
+        work_item item = place_drawn<S>(run, next);
+        mbarrier_wait(bar.item_empty(at.i()), at.parity() ^ 1);
+        s->item[at.i()] = item;
+        mbarrier_arrive(bar.item_full(at.i()));
+        at.n++;
+        if (!item.phase) return;
+        ticket = atomicAdd(&run.state->ticket, 1);
+        if (item.phase == PHASE_ROUND) {
+            next = plan.look_up(run, ticket);
+            continue;
+        }
+        operands o = item_operands<S>(run, item.phase, item.tile.expert, item.row_tile);
+#pragma unroll 1
+        for (int u = 0; u < o.units; u += S::units) {
+            if (loaded) {
+                loaded--;
+            } else {
+                mbarrier_wait(bar.empty(stage.i), stage.parity ^ 1);
+                load_stage<NT>(o, u, stages + (uint32_t)(stage.i * S::stage_bytes), bar.full(stage.i), policy);
+            }
+            stage.next(S::n_stages);
+            if (u) continue;
+            if (plan.n_gate_up < 0) plan.read(run, phases);
+            next = plan.look_up(run, ticket);
+        }
+    }
+}
+
+/* ---- a warp: activations ---- */
+
+template <int NT> static __device__ void load_activations(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages) {
+    using S = shape<NT>;
+    barriers bar(s);
+    int lane = threadIdx.x & 31;
+    ring stage = {0, 0};
+    item_ring at = {0};
+    dependency_wait();
+    for (;;) {
+        mbarrier_wait(bar.item_full(at.i()), at.parity());
+        work_item item = s->item[at.i()];
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(bar.item_empty(at.i()));
+        at.n++;
+        if (!item.phase) return;
+        if (item.phase == PHASE_ROUND) continue;
+        operands o = item_operands<S>(run, item.phase, item.tile.expert, item.row_tile);
+        const __nv_bfloat16 *row = NULL;
+        if (lane < item.tile.n) {
+            int r = item.tile.first + lane;
+            if (item.phase == MOE4_PHASE_GATE_UP) r = x_row(run, run.slots[r]);
+            row = o.rows + (size_t)r * (size_t)(o.units * MOE4_UNIT_K);
+        }
+        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP) {
+            const int *flag = run.act == MOE4_ACT_W4A16 ? run.done + item.index : run.ready + item.index;
+            int wanted = run.act == MOE4_ACT_W4A16 ? items_of<S>(run.w.gate_up_tiles) : 1;
+            if (lane == 0)
+                while (load_acquire(flag) < wanted) continue;
+            __syncwarp();
+        }
+#pragma unroll 1
+        for (int u = 0; u < o.units; u += S::units) {
+            uint32_t bytes = (uint32_t)min(S::units, o.units - u) * MOE4_UNIT_K * 2;
+            mbarrier_wait(bar.empty(stage.i), stage.parity ^ 1);
+            if (lane == 0) mbarrier_arrive_expect(bar.full(stage.i), (uint32_t)item.tile.n * bytes);
+            __syncwarp();
+            if (row)
+                bulk_load(stages + (uint32_t)(stage.i * S::stage_bytes + WEIGHT_BYTES + lane * S::x_row_bytes), row + u * MOE4_UNIT_K,
+                          bytes, bar.full(stage.i));
+            stage.next(S::n_stages);
+        }
+    }
+}
+
+#endif
