@@ -218,6 +218,7 @@ static __device__ int load_early(drawn *d, const moe4_layer_run &run, int phases
     d->items = items_of<S>(d->phase == MOE4_PHASE_DOWN ? run.w.down_tiles : run.w.gate_up_tiles);
     d->local = ticket;
     d->head = find_tile(run, counts, ticket / d->items);
+    __syncwarp(); /* the counts have been read: what lane 0 lets begin may write there */
     if (d->head.expert < 0) return 0;
     int row_tile = (ticket - d->head.head * d->items) / d->head.n_tiles;
     operands o = item_operands<S>(run, d->phase, d->head.expert, row_tile * S::item_tiles);
