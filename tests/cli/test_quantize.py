@@ -303,7 +303,7 @@ class Quantize(CliCase):
         model.tensors["model.layers.1.mlp.experts.1.down_proj.weight"][2][17] = float("nan")
         tensors.write(model.folder / "model.safetensors", model.tensors)
         out = self.folder / "out"
-        self.error("quantize", model.folder, out, status=BAD_DATA, says=["experts.1.down_proj.weight", "row 1 column 1 is NaN"])
+        self.error("quantize", model.folder, out, status=BAD_DATA, says=["model.safetensors: model.layers.1.mlp.experts.1.down_proj.weight: row 1 column 1 is NaN"])
         self.assertEqual(sorted(contents(out)), [JOURNAL])
 
     def test_refused(self):
@@ -367,7 +367,7 @@ class Quantize(CliCase):
         for damage in ("nothing", "doubled", "cut short", "another magic"):
             self.error("quantize", TINY, out, *args, status=BAD_DATA, says="File too large", preexec_fn=limit)
             record = bytearray((out / CALIBRATION).read_bytes())
-            if damage == "doubled":  # the first matrix's
+            if damage in ("doubled", "another magic"):  # the first matrix's
                 record[32:36] = struct.pack("<f", 2 * struct.unpack("<f", record[32:36])[0])
             record[0] ^= damage == "another magic"
             (out / CALIBRATION).write_bytes(record[:-4] if damage == "cut short" else record)
@@ -378,6 +378,22 @@ class Quantize(CliCase):
             self.assertEqual({*made}, {*wanted})
             self.assertEqual(len(differ), damage == "doubled", damage)
             shutil.rmtree(out)
+
+    def test_what_is_not_ours_is_written_again(self):
+        """A file of a shard's name and size that is another one: --resume does not take it for complete."""
+        model, out = self.experts(), self.folder / "out"
+        wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
+        largest = max(len(v) for v in wanted.values())
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, resource.RLIM_INFINITY))
+
+        self.error("quantize", model, out, "--max-shard-size", "60K", status=BAD_DATA, preexec_fn=limit)
+        shard = next(iter(sorted(out.glob("model-*.safetensors"))))
+        shard.write_bytes(bytes(shard.stat().st_size))
+        said = self.json("quantize", model, out, "--max-shard-size", "60K", "--resume")
+        self.assertEqual(contents(out), wanted)
+        self.assertLess(said["shards_kept"], said["shards"])
 
     def test_cut_short_while_it_is_read(self):
         """The input loses its second half in the middle of the run."""

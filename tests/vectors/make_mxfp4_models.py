@@ -102,15 +102,15 @@ def gpt_oss():
     return config, tensors, values
 
 
-def fused(model_type, root, interleaved):
+def fused(model_type, root, interleaved, hidden=HIDDEN, inter=INTER, experts=EXPERTS):
     """Wide experts in one tensor [E, K, N]."""
     rng = random.Random(model_type)
     tensors, values = {}, {}
-    config = {"model_type": "some_vl", "text_config": {"model_type": model_type, "hidden_size": HIDDEN}}
-    for proj, rows, cols in (("gate_up_proj", 2 * INTER, HIDDEN), ("down_proj", HIDDEN, INTER)):
-        v = [wide(rng, rows * cols) for _ in range(EXPERTS)]  # [K, N]
-        tensors[f"{root}{proj}"] = ("BF16", [EXPERTS, cols, rows], bf16([x for e in v for x in e]))
-        for e in range(EXPERTS):
+    config = {"model_type": "some_vl", "text_config": {"model_type": model_type, "hidden_size": hidden}}
+    for proj, rows, cols in (("gate_up_proj", 2 * inter, hidden), ("down_proj", hidden, inter)):
+        v = [wide(rng, rows * cols) for _ in range(experts)]  # [K, N]
+        tensors[f"{root}{proj}"] = ("BF16", [experts, cols, rows], bf16([x for e in v for x in e]))
+        for e in range(experts):
             def matrix(which):
                 return [v[e][k * rows + n] for n in which for k in range(cols)]
             if proj == "down_proj":
@@ -129,6 +129,7 @@ MODELS = {
     "gpt_oss": gpt_oss,
     "gpt_oss-bf16": lambda: fused("gpt_oss", "model.layers.0.mlp.experts.", True),
     "llama4": lambda: fused("llama4_text", "language_model.model.layers.0.feed_forward.experts.", False),
+    "llama4-large": lambda: fused("llama4_text", "model.layers.0.feed_forward.experts.", False, 256, 272, 1),  # more rows than one piece has
     "qwen3_vl_moe": lambda: fused("qwen3_vl_moe_text", "model.language_model.layers.0.mlp.experts.", False),
 }
 
