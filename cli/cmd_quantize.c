@@ -63,7 +63,7 @@ static struct speed measure(struct lm *lm, const struct quantize_report *r, cons
     struct speed s = {.rate = r->seconds > 0 ? (double)(r->bytes_read + r->bytes_written) / r->seconds : 0};
     if (ceilings) {
         s.memory = quantize_memory_rate(lm);
-        s.disk = quantize_disk_rate(out);
+        s.disk = quantize_disk_rate(out, r->bytes_written);
     }
     if (s.memory > 0 && s.disk > 0) s.share = s.rate / (s.memory < s.disk ? s.memory : s.disk);
     return s;
@@ -168,10 +168,10 @@ int cmd_quantize(int argc, char **argv) {
     };
     const struct cli_usage usage = {
         .synopsis = "MODEL OUT [--recipe NAME] [--four-over-six] [--search] [--calibrate FILE] [--resume] [options]",
-        .about = "Quantizes the linear layers of a checkpoint folder (bf16, f16, f32, block-scaled FP8 or MXFP4) to NVFP4 and writes the "
-                 "folder\n"
-                 "OUT: shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers, embeddings and\n"
-                 "norms stay as they are. gate and up of an expert share a global scale.\n"
+        .about = "Quantizes the linear layers of a checkpoint folder (BF16, F16, F32, block-scaled FP8 or MXFP4) to NVFP4 and writes the\n"
+                 "folder OUT: shards, index, config.json and hf_quant_config.json; all other files are copied. lm_head, routers,\n"
+                 "embeddings and norms stay as they are. gate and up of an expert share a global scale. MXFP4 keeps its codes, and what\n"
+                 "its scales lose, if anything, is listed. The experts of gpt-oss, Llama-4 and Qwen3-VL are split.\n"
                  "Files appear under their names when they are complete; a run that was killed goes on with --resume.",
         .options = table,
         .n_options = sizeof table / sizeof *table,

@@ -25,7 +25,7 @@ moe4_status quantize_piece_widen(const struct quantize_plan *plan, const struct 
 bool quantize_find_nonfinite(const struct quantize_plan *plan, struct quantize_item *item, size_t *row_ret, size_t *col_ret);
 
 /* Chooses each block's scale byte again, for the least squared error under the element step of the recipe; weight [cols] or NULL. codes
- * and scales hold a plain quantization of x [rows, cols], which stays wherever nothing is better. isa: bits of MOE4_ISA_ that may be used;
+ * and scales hold a plain quantization of x [rows, cols]; blocks of zeros stay as they are. isa: bits of MOE4_ISA_ that may be used;
  * bytes do not depend on them (search.c). */
 void quantize_search(uint8_t *codes, uint8_t *scales, const float *x, size_t rows, size_t cols, float global, bool divides,
                      const float *weight, uint32_t isa);

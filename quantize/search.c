@@ -47,9 +47,9 @@ INLINE void lane_errors(float error[N_LANES], const float inverse[N_LANES], cons
     memcpy(error, sum[0], sizeof sum[0]);
 }
 
-/* The lane of the least error * unit, or the lane `plain` when that is as good. Errors are not negative, so their bits order as they do,
- * and the last four hold the lane: what is within 2^-19 counts as equal. */
-INLINE int least_lane(const float error[N_LANES], const float unit[N_LANES], int plain) {
+/* The lane of the least error * unit. Errors are not negative, so their bits order as they do, and the last four hold the lane: what is
+ * within 2^-19 counts as equal, and the smallest scale is taken. */
+INLINE int least_lane(const float error[N_LANES], const float unit[N_LANES]) {
     int32_t key[N_LANES], least[N_LANES];
     for (int lane = 0; lane < N_LANES; lane += HALF) {
         floats e, u;
@@ -62,7 +62,6 @@ INLINE int least_lane(const float error[N_LANES], const float unit[N_LANES], int
     for (int lane = 0; lane < HALF; lane++) least[lane] = key[lane + HALF] < key[lane] ? key[lane + HALF] : key[lane];
     for (int n = HALF / 2; n; n /= 2)
         for (int lane = 0; lane < n; lane++) least[lane] = least[lane + n] < least[lane] ? least[lane + n] : least[lane];
-    if (plain >= 0 && plain < N_LANES && (key[plain] ^ least[0]) < 16) return plain;
     return least[0] & 15;
 }
 
@@ -74,11 +73,11 @@ INLINE int byte_near(float q) {
     return byte < MAX_BYTE ? byte : MAX_BYTE;
 }
 
-INLINE uint8_t best_byte(const struct table *t, const float a[MOE4_BLOCK], const float weight[MOE4_BLOCK], uint8_t plain, float amax) {
+INLINE uint8_t best_byte(const struct table *t, const float a[MOE4_BLOCK], const float weight[MOE4_BLOCK], float amax) {
     int centre = byte_near(amax / 6.f * t->inverse[0x38]), low = centre > BELOW + 1 ? centre - BELOW : 1; /* byte 0x38 is 1 */
     float error[N_LANES];
     lane_errors(error, t->inverse + low, a, weight);
-    int best = low + least_lane(error, t->sf8_sq + low, plain - low);
+    int best = low + least_lane(error, t->sf8_sq + low);
     return (uint8_t)(best < MAX_BYTE ? best : MAX_BYTE);
 }
 
@@ -112,7 +111,7 @@ INLINE void search(uint8_t *codes, uint8_t *scales, const float *x, size_t rows,
         for (int k = 0; k < MOE4_BLOCK; k++) a[k] = fabsf(x[i + k]);
         float amax = largest(a);
         uint8_t *scale = &scales[i / MOE4_BLOCK];
-        uint8_t best = amax > 0 ? best_byte(t, a, weight ? weight + i % cols : ones, *scale, amax) : *scale;
+        uint8_t best = amax > 0 ? best_byte(t, a, weight ? weight + i % cols : ones, amax) : *scale;
         if (best == *scale) continue;
         *scale = best;
         encode(codes + i / 2, x + i, t->scale[best]);

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MEMORY_BYTES = 256 << 20, DISK_BYTES = 64 << 20, PIECE_BYTES = 1 << 20, N_PASSES = 3 };
+enum { MEMORY_BYTES = 256 << 20, LEAST_DISK_BYTES = 64 << 20, MOST_DISK_BYTES = 512 << 20, PIECE_BYTES = 1 << 20, N_PASSES = 3 };
 
 struct read_job {
     const uint64_t *data;
@@ -39,16 +39,19 @@ double quantize_memory_rate(struct lm *lm) {
     return best;
 }
 
-double quantize_disk_rate(const char *folder) {
+double quantize_disk_rate(const char *folder, uint64_t like) {
+    uint64_t bytes = like < LEAST_DISK_BYTES  ? LEAST_DISK_BYTES
+                     : like > MOST_DISK_BYTES ? MOST_DISK_BYTES
+                                              : like / PIECE_BYTES * PIECE_BYTES;
     int fd = open(folder, O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600);
     char *data = malloc(PIECE_BYTES);
     bool fine = fd >= 0 && data;
     if (data) memset(data, 0x5a, PIECE_BYTES);
     double start = lm_seconds();
-    for (size_t at = 0; fine && at < DISK_BYTES; at += PIECE_BYTES) fine = write(fd, data, PIECE_BYTES) == PIECE_BYTES;
+    for (uint64_t at = 0; fine && at < bytes; at += PIECE_BYTES) fine = write(fd, data, PIECE_BYTES) == PIECE_BYTES;
     fine = fine && fsync(fd) == 0;
     double seconds = lm_seconds() - start;
     if (fd >= 0) close(fd);
     free(data);
-    return fine ? DISK_BYTES / seconds : 0;
+    return fine ? (double)bytes / seconds : 0;
 }

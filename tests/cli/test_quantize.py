@@ -154,6 +154,8 @@ class Quantize(CliCase):
         (model.folder / "assets").mkdir()
         (model.folder / "assets" / "readme").write_text("text")
         (model.folder / ".git").mkdir()
+        for name in (CALIBRATION, ".moe4-quantize.tmp", JOURNAL):  # of a run that made this folder
+            (model.folder / name).write_text("")
         out = self.quantize(model.folder, "out")
         self.assertEqual(sorted(contents(out)), ["assets/readme", "config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"])
         made, metadata = raw_tensors(out / "model.safetensors")
