@@ -148,7 +148,7 @@ class Quantize(CliCase):
     # ---- layout ----
 
     def test_modelopt_folder(self):
-        model = self.tiny(**{"lm_head.weight": ("BF16", [64, 32], [0.5] * 2048), "model.norm.weight": ("F32", [32], [1.0] * 32),
+        model = self.tiny(**{"lm_head.weight": ("BF16", [64, 32], [0.5] * 2048), "a.odd.number": ("U8", [3], [1, 2, 3]), "model.norm.weight": ("F32", [32], [1.0] * 32),
                              "model.embed_tokens.weight": ("BF16", [64, 32], [0.25] * 2048)})  # fmt: skip
         (model.folder / "tokenizer.json").write_text("{}")
         (model.folder / "assets").mkdir()
@@ -161,7 +161,8 @@ class Quantize(CliCase):
         made, metadata = raw_tensors(out / "model.safetensors")
         source, _ = raw_tensors(model.folder / "model.safetensors")
         self.assertEqual(metadata, {"format": "pt"})
-        kept = ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"]
+        self.assertEqual({*tensors.read(out / "model.safetensors")}, {*made})  # which asks for places aligned to their elements
+        kept = ["lm_head.weight", "a.odd.number", "model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"]
         for name in kept:
             self.assertEqual(made[name], source[name])
         for name in set(source) - set(kept):
@@ -347,6 +348,8 @@ class Quantize(CliCase):
         self.error("quantize", model, out, "--resume", "--recipe", "compressed_tensors", status=BAD_USAGE, says=["not empty"])
         self.error("quantize", model, model, "--resume", status=BAD_USAGE, says=["not empty"])
         self.assertEqual(contents(out), before)
+        (out / "config.json").write_bytes(before["config.json"] + b" ")
+        self.error("quantize", model, out, "--resume", status=BAD_USAGE, says=["not empty"])
 
     def test_unfinished_work_of_another_task(self):
         model, out = self.tiny(), self.folder / "out"
