@@ -23,6 +23,7 @@ static uint64_t mix(uint64_t x) {
 static void add_step(uint64_t lane[LANES], const void *data) {
     uint64_t word[LANES];
     memcpy(word, data, STEP);
+#pragma GCC unroll 8
     for (int i = 0; i < LANES; i++) lane[i] = rotate(lane[i] ^ word[i], 27) * ODD;
 }
 
