@@ -3,6 +3,7 @@
 #   make          build/moe4, build/libmoe4.so and build/libmoe4.a, from what is installed
 #   make run      installs what is missing, builds, and runs the bundled model's layer 3 in every mode
 #   make check    the same, then all tests
+#   make bench    installs what is missing, builds, and prints the CPU's main figures beside their floors, in two or three minutes
 #   make install  to PREFIX (/usr/local), below DESTDIR
 #   make dist     build/moe4-VERSION.tar.gz of what is committed: the same bytes wherever it is made
 #   make deb      Debian packages from that tarball, in build/deb
@@ -30,6 +31,11 @@ run:
 	@$(MAKE) --no-print-directory all
 	@scripts/run-demo $(BUILD)/moe4
 
+bench:
+	@scripts/install-deps build
+	@$(MAKE) --no-print-directory all
+	@scripts/run-bench $(BUILD)/moe4
+
 check:
 	@scripts/install-deps check
 	@$(MAKE) --no-print-directory run
@@ -54,4 +60,4 @@ format:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all run check install dist deb format clean
+.PHONY: all run bench check install dist deb format clean
