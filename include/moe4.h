@@ -258,7 +258,7 @@ MOE4_API moe4_status moe4_amax(moe4_ctx *ctx, float *amax_ret, const void *x, mo
 /* One matrix W[rows = N, cols = K], borrowed. y[T,N] = x[T,K] @ W^T. K is a multiple of 16 for NVFP4. No alignment is needed.
  * FP8 (MOE4_F8_E4M3) has a scale for each block of scale_rows x scale_cols elements, [ceil(N/scale_rows), ceil(K/scale_cols)] of them; a
  * value is e4m3 * scale, rounded once to fp32. An object that gets an FP8 matrix reads it once and keeps its values, in BF16 where the
- * scales are powers of two (F8_E8M0), otherwise in F32, and runs it as an unquantized one. Not on a device. */
+ * scales are powers of two (F8_E8M0), otherwise in F32, and runs it as an unquantized one; the host must be able to read it. */
 typedef struct moe4_weight {
     moe4_dtype dtype; /* MOE4_NVFP4, or MOE4_BF16, MOE4_F16, MOE4_F32, MOE4_F8_E4M3 */
     size_t rows, cols;

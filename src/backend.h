@@ -199,7 +199,7 @@ moe4_status moe4_workspace_check(const moe4_ctx *ctx, const char *call, const mo
 /* One matrix's own rules: dtype, shape, pointers, globals. `what` names it in the error. */
 moe4_status moe4_weight_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what);
 /* An FP8 matrix becomes one of BF16 or F32 in *store_ret, which is the caller's to free; others stay as they are, and *store_ret is NULL.
- * Errors: ARGUMENT, MEMORY, UNSUPPORTED (a device), FORMAT (a value that is not finite: row and column). */
+ * Errors: ARGUMENT, MEMORY, UNSUPPORTED (in device memory), FORMAT (a value that is not finite: row and column). */
 moe4_status moe4_fp8_widen(const moe4_ctx *ctx, moe4_weight *w, void **store_ret, const char *what);
 /* What it becomes. */
 moe4_dtype moe4_fp8_wide_dtype(const moe4_weight *w);

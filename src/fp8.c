@@ -13,9 +13,19 @@ moe4_dtype moe4_fp8_wide_dtype(const moe4_weight *w) {
     return w->scale_dtype == MOE4_F8_E8M0 ? MOE4_BF16 : MOE4_F32;
 }
 
+/* The host reads them, also for a device. */
+static moe4_status check_owner(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
+    const void *parts[] = {w->data, w->scale};
+    for (int i = 0; i < 2; i++) {
+        enum moe4_owner owner;
+        MOE4_TRY(ctx->backend->memory_owner(ctx, parts[i], what, &owner));
+        MOE4_CHECK(ctx, owner != MOE4_OF_DEVICE, MOE4_ERROR_UNSUPPORTED,
+                   "%s: an FP8 matrix in device memory; the host must be able to read it", what);
+    }
+    return MOE4_OK;
+}
+
 static moe4_status check(const moe4_ctx *ctx, const moe4_weight *w, const char *what) {
-    MOE4_CHECK(ctx, !ctx->backend->scales_check, MOE4_ERROR_UNSUPPORTED, "unsupported: %s: FP8 weights do not run on %s yet", what,
-               ctx->backend->name);
     MOE4_CHECK(ctx, w->data && w->scale, MOE4_ERROR_ARGUMENT, "%s: NULL %s", what, w->data ? "scale" : "data");
     MOE4_CHECK(ctx, w->rows && w->cols, MOE4_ERROR_ARGUMENT, "%s: shape %zu x %zu", what, w->rows, w->cols);
     moe4_dtype d = w->scale_dtype;
@@ -25,7 +35,7 @@ static moe4_status check(const moe4_ctx *ctx, const moe4_weight *w, const char *
     size_t bytes;
     MOE4_CHECK(ctx, moe4_mul(&bytes, w->rows, w->cols) && moe4_mul(&bytes, bytes, 4), MOE4_ERROR_ARGUMENT,
                "%s: shape %zu x %zu is too large", what, w->rows, w->cols);
-    return MOE4_OK;
+    return ctx->backend->memory_owner ? check_owner(ctx, w, what) : MOE4_OK;
 }
 
 static size_t n_blocks(size_t n, size_t block) {

@@ -103,6 +103,14 @@ static inline void give_x(struct given_x *g, moe4_ctx *ctx, const float *x, size
     free(global);
 }
 
+/* Tests walk through many cases; an argument of the program leaves all but every n-th out, for tools under which they take long. */
+static int every = 1;
+
+static inline void read_arguments(int argc, char **argv) {
+    if (argc > 1) every = atoi(argv[1]);
+    if (every < 1) every = 1;
+}
+
 /* ---- options by number, so that tests can walk through them ---- */
 
 static const moe4_act modes[] = {MOE4_ACT_W4A16, MOE4_ACT_STATIC, MOE4_ACT_TENSOR, MOE4_ACT_TOKEN};

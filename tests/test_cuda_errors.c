@@ -42,7 +42,7 @@ static void test_too_little_memory(void **state) {
     assert_int_equal(cudaMemGetInfo(&available, &total), cudaSuccess);
     OK(gpu, moe4_memory_alloc(gpu, &most, available - LEFT));
     has_both_numbers(moe4_memory_alloc(gpu, &more, 4 * (size_t)LEFT), "moe4_memory_alloc");
-    has_both_numbers(moe4_moe_create(&moe, gpu, &expert, &o), "packed experts");
+    has_both_numbers(moe4_moe_create(&moe, gpu, &expert, &o), "experts");
     assert_null(moe);
     const moe4_weight three[] = {expert.gate, expert.up, expert.down};
     has_both_numbers(moe4_linear_create(&linear, gpu, three, 3, NULL), "packed weights");

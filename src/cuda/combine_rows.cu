@@ -35,7 +35,8 @@ static __global__ void __launch_bounds__(THREADS)
 cudaError_t moe4_cuda_combine_rows(const moe4_combine *c, cudaStream_t stream) {
     long long rows = (long long)c->run->n_tokens * c->run->top_k;
     if (!rows) return cudaSuccess;
-    dim3 grid((unsigned)(rows < MOST_BLOCKS ? rows : MOST_BLOCKS), (unsigned)((c->run->w.hidden + COLUMNS - 1) / COLUMNS));
+    int columns = (c->run->w.hidden + COLUMNS - 1) / COLUMNS, most = MOST_BLOCKS / columns + 1; /* of max_rows, few may be there */
+    dim3 grid((unsigned)(rows < most ? rows : most), (unsigned)columns);
     rows_kernel<<<grid, THREADS, 0, stream>>>(*c, *c->run);
     return cudaGetLastError();
 }

@@ -6,7 +6,7 @@
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define MOST_BLOCKS 4096
+#define MOST_BLOCKS 1024
 
 /* A row of x as the products see it, and where it comes from. */
 struct source {
