@@ -42,13 +42,6 @@ static double now(const struct bench *b, const moe4_ctx *ctx) {
 
 /* ---- the layer ---- */
 
-static int make_layer(struct bench *b, struct side *s, moe4_act act, double *pack_rate) {
-    const double start = now(b, s->ctx);
-    const int exit_status = bench_layer_create(&s->moe, s->ctx, &b->layer, act);
-    *pack_rate = bench_layer_pack_bytes(&b->layer) / (now(b, s->ctx) - start);
-    return exit_status;
-}
-
 /* The step that bounds a mode's products on an ISA, by name. */
 static int find_ceiling(const char *isa, moe4_act act) {
     const bool avx512 = strncmp(isa, "avx512", 6) == 0;
@@ -57,31 +50,6 @@ static int find_ceiling(const char *isa, moe4_act act) {
     if (strcmp(isa, "avx2") == 0 && act != MOE4_ACT_W4A16) return CEILING_AVX2_W4A4;
     if (avx512 || strcmp(isa, "avx2") == 0) return CEILING_AVX2_FMA;
     return -1;
-}
-
-int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
-               const char *isa, bool cpu_time, double *pack_rates) {
-    struct bench *b = *bench_ret = calloc(1, sizeof *b + n_contexts * sizeof *b->side);
-    if (!b) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
-    b->cpu_time = cpu_time;
-    b->n_sides = n_contexts;
-    b->read_buffer = bench_alloc(READ_BUFFER);
-    if (!b->read_buffer) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%d bytes)", READ_BUFFER);
-    for (size_t i = 0; i < n_contexts; i++) {
-        const struct cli_common common = {.n_threads = n_threads[i], .isa = isa};
-        int exit_status = cli_open_ctx(&b->side[i].ctx, &common);
-        if (exit_status != CLI_FINE) return exit_status;
-        if (i == 0) {
-            memset(b->read_buffer, 1, READ_BUFFER);
-            exit_status = bench_layer_open(&b->layer, b->side[i].ctx, shape);
-            if (exit_status != CLI_FINE) return exit_status;
-        }
-        exit_status = make_layer(b, &b->side[i], act, &pack_rates[i]);
-        if (exit_status != CLI_FINE) return exit_status;
-    }
-    b->ceiling = find_ceiling(bench_isa(b), bench_act(b));
-    if (b->ceiling >= 0 && !ceiling_supported((enum ceiling)b->ceiling)) b->ceiling = -1;
-    return CLI_FINE;
 }
 
 void bench_close(struct bench *b) {
@@ -137,6 +105,52 @@ static double sample_ceiling(struct bench *b, moe4_ctx *ctx) {
     const double macs = ceiling_sample((enum ceiling)b->ceiling), start = now(b, ctx);
     moe4_parallel_for(ctx, n_tasks, ceiling_task, b);
     return macs * (double)n_tasks / (now(b, ctx) - start);
+}
+
+static int make_layer(struct bench *b, struct side *s, moe4_act act, struct bench_pack *pack) {
+    enum { N = 3 };
+    const double bytes = bench_layer_pack_bytes(&b->layer), start = now(b, s->ctx);
+    double again[N], read[N];
+    int exit_status = bench_layer_create(&s->moe, s->ctx, &b->layer, act);
+    pack->fresh = bytes / (now(b, s->ctx) - start);
+    for (int i = 0; i < N && exit_status == CLI_FINE; i++) {
+        read[i] = sample_read(b, s->ctx);
+        const double before = now(b, s->ctx);
+        for (size_t e = 0; e < b->layer.shape.n_experts && exit_status == CLI_FINE; e++) {
+            const moe4_status status = moe4_moe_replace_expert(s->moe, e, &b->layer.experts[e]);
+            if (status != MOE4_OK) exit_status = cli_fail(s->ctx, status, "bench");
+        }
+        again[i] = bytes / (now(b, s->ctx) - before);
+    }
+    if (exit_status != CLI_FINE) return exit_status;
+    pack->again = bench_median(again, N);
+    pack->read = bench_median(read, N);
+    return CLI_FINE;
+}
+
+int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
+               const char *isa, bool cpu_time, struct bench_pack *packs) {
+    struct bench *b = *bench_ret = calloc(1, sizeof *b + n_contexts * sizeof *b->side);
+    if (!b) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
+    b->cpu_time = cpu_time;
+    b->n_sides = n_contexts;
+    b->read_buffer = bench_alloc(READ_BUFFER);
+    if (!b->read_buffer) return cli_error(CLI_BAD_DATA, "bench", "out of memory (%d bytes)", READ_BUFFER);
+    for (size_t i = 0; i < n_contexts; i++) {
+        const struct cli_common common = {.n_threads = n_threads[i], .isa = isa};
+        int exit_status = cli_open_ctx(&b->side[i].ctx, &common);
+        if (exit_status != CLI_FINE) return exit_status;
+        if (i == 0) {
+            memset(b->read_buffer, 1, READ_BUFFER);
+            exit_status = bench_layer_open(&b->layer, b->side[i].ctx, shape);
+            if (exit_status != CLI_FINE) return exit_status;
+        }
+        exit_status = make_layer(b, &b->side[i], act, &packs[i]);
+        if (exit_status != CLI_FINE) return exit_status;
+    }
+    b->ceiling = find_ceiling(bench_isa(b), bench_act(b));
+    if (b->ceiling >= 0 && !ceiling_supported((enum ceiling)b->ceiling)) b->ceiling = -1;
+    return CLI_FINE;
 }
 
 struct input {

@@ -31,13 +31,18 @@ struct bench_result {
     struct bench_figure figure[N_BENCH_WHATS];
 };
 
+/* Packing, in bytes read and written a second, and the read bandwidth beside it. */
+struct bench_pack {
+    double fresh;       /* moe4_moe_create: into memory that the system has to find and clear */
+    double again, read; /* the CPU's packing into memory that is there: moe4_moe_replace_expert of all experts. Medians; 0: not known */
+};
+
 /* A layer of random weights, one context for each thread count. */
 struct bench;
 /* Errors are printed; returns an exit status. With cpu_time, times are the process's CPU time over the number of threads: other processes
- * disturb less, and waiting does not show; only the layer's figure means something then. pack_rates [n_contexts] gets bytes read and
- * written a second by each create. */
+ * disturb less, and waiting does not show; only the layer's figure means something then. `packs` [n_contexts]. */
 int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
-               const char *isa, bool cpu_time, double *pack_rates);
+               const char *isa, bool cpu_time, struct bench_pack *packs);
 void bench_close(struct bench *bench);
 /* The context's ISA ("avx2"), and the step that bounds its products or NULL. */
 const char *bench_isa(const struct bench *bench);

@@ -133,14 +133,18 @@ struct output {
     const char *step; /* what bounds arithmetic; NULL: not known */
 };
 
-static void print_header(const struct output *o, const double *pack_rates) {
+static void print_header(const struct output *o, const struct bench_pack *packs) {
     const struct args *a = o->args;
     const struct bench_shape *s = &a->shape;
     if (a->common.json) return;
     printf("%s: hidden %zu, intermediate %zu, %zu experts, top %zu; %s on %s%s%s\n", s->name, s->hidden, s->intermediate, s->n_experts,
            s->top_k, moe4_act_name(o->act), o->isa, *o->device ? ", " : "", o->device);
     for (size_t i = 0; i < a->n_threads; i++)
-        printf("prepared at %.1f GB/s read and written%s", pack_rates[i] / 1e9, i + 1 < a->n_threads ? "; " : "\n");
+        if (packs[i].again > 0)
+            printf("prepared at %.1f GB/s read and written into new memory; at %.1f into the same again, %.2f of read bandwidth\n",
+                   packs[i].fresh / 1e9, packs[i].again / 1e9, packs[i].again / packs[i].read);
+        else
+            printf("prepared at %.1f GB/s read and written\n", packs[i].fresh / 1e9);
     printf("\n%6s %7s  %-9s %10s %10s %9s %8s %10s  %-10s %6s\n", "tokens", "threads", "what", "median ms", "best ms", "GMAC/s", "GB/s",
            "floor ms", "bound by", "share");
 }
@@ -203,13 +207,13 @@ static void put_result(const struct output *o, const struct bench_result *r) {
 struct measured {
     struct bench *cpu;
     struct bench_device *device;
-    double pack_rates[MAX_LIST];
+    struct bench_pack packs[MAX_LIST];
 };
 
 static int open_measured(struct measured *m, const struct args *a, moe4_act act) {
     *m = (struct measured){.cpu = NULL};
-    if (cli_on_device(&a->common)) return bench_device_open(&m->device, &a->shape, act, &a->common, m->pack_rates);
-    return bench_open(&m->cpu, &a->shape, act, a->threads, a->n_threads, a->common.isa, a->cpu_time, m->pack_rates);
+    if (cli_on_device(&a->common)) return bench_device_open(&m->device, &a->shape, act, &a->common, &m->packs->fresh);
+    return bench_open(&m->cpu, &a->shape, act, a->threads, a->n_threads, a->common.isa, a->cpu_time, m->packs);
 }
 
 static void name_measured(struct output *o, const struct measured *m) {
@@ -237,7 +241,7 @@ static int run(const struct args *a, struct output *o, size_t i) {
     if (exit_status == CLI_FINE) {
         name_measured(o, &m);
         if (i > 0 && !a->common.json) putchar('\n');
-        print_header(o, m.pack_rates);
+        print_header(o, m.packs);
         exit_status = measure(a, &m, o);
     }
     bench_close(m.cpu);
