@@ -17,6 +17,7 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
     if (mask & MOE4_ISA_AVX512VNNI) {
         k->isa = "avx512vnni";
         moe4_kernels_gemm_avx512vnni(k);
+        moe4_kernels_gemm_avx512fp32(k);
     }
     if (mask & MOE4_ISA_AVX512BF16) {
         k->isa = "avx512bf16";

@@ -117,6 +117,7 @@ void moe4_kernels_glu_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2_w4a4(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512vnni(struct moe4_kernels *k);
+void moe4_kernels_gemm_avx512fp32(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512bf16(struct moe4_kernels *k);
 #elif defined(__aarch64__)
 void moe4_kernels_codec_neon(struct moe4_kernels *k);
