@@ -9,20 +9,25 @@ struct combine {
     size_t n_tasks;
 };
 
+/* Piece by piece of the row, so that the rows of all slots are read side by side. */
 static void combine_token(const struct moe4_moe_call *c, float *sum, size_t t) {
+    enum { PIECE = 64 };
     const struct moe4_cpu_state *s = c->workspace;
     const struct moe4_kernels *kernels = c->moe->ctx->kernels;
-    size_t hidden = c->moe->hidden, k = c->moe->o.top_k;
+    const size_t hidden = c->moe->hidden, k = c->moe->o.top_k;
     memset(sum, 0, hidden * sizeof *sum);
-    for (size_t i = 0; i < s->n_groups; i++) {
-        const struct moe4_cpu_group *g = &s->group[i];
-        if (!g->routed) {
-            kernels->add_scaled_row(sum, g->o + t * hidden, 1.f, hidden);
-            continue;
-        }
-        for (size_t j = 0; j < k; j++) {
-            int32_t p = g->pos_of_slot[t * k + j];
-            if (p >= 0) kernels->add_scaled_row(sum, g->o + (size_t)p * hidden, g->weight ? 1.f : c->weights[t * k + j], hidden);
+    for (size_t at = 0; at < hidden; at += PIECE) {
+        const size_t n = hidden - at < PIECE ? hidden - at : PIECE;
+        for (size_t i = 0; i < s->n_groups; i++) {
+            const struct moe4_cpu_group *g = &s->group[i];
+            if (!g->routed) {
+                kernels->add_scaled_row(sum + at, g->o + t * hidden + at, 1.f, n);
+                continue;
+            }
+            for (size_t j = 0; j < k; j++) {
+                const int32_t p = g->pos_of_slot[t * k + j];
+                if (p >= 0) kernels->add_scaled_row(sum + at, g->o + (size_t)p * hidden + at, g->weight ? 1.f : c->weights[t * k + j], n);
+            }
         }
     }
 }

@@ -116,6 +116,7 @@ void moe4_kernels_codec_avx2(struct moe4_kernels *k);
 void moe4_kernels_glu_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2_w4a4(struct moe4_kernels *k);
+void moe4_kernels_glu_avx512(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512vnni(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512fp32(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx512bf16(struct moe4_kernels *k);
