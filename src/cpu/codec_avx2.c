@@ -316,7 +316,7 @@ INLINE uint64_t quantize_as(uint8_t *codes, uint8_t *scales, const float *x, siz
 }
 
 /* One copy of the loop for each recipe: the constants below decide its branches. */
-AVX2 static uint64_t quantize_row(uint8_t *codes, uint8_t *scales, const float *x, size_t n, const struct moe4_quantizer *q) {
+AVX2 uint64_t moe4_quantize_row_avx2(uint8_t *codes, uint8_t *scales, const float *x, size_t n, const struct moe4_quantizer *q) {
     struct moe4_quantizer z = {.global = q->global, .amax = q->amax};
     switch (q->recipe) {
     case MOE4_RECIPE_MODELOPT:
@@ -357,7 +357,7 @@ void moe4_kernels_codec_avx2(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
-    k->quantize_row = quantize_row;
+    k->quantize_row = moe4_quantize_row_avx2;
     k->dequant_row = dequant_row;
 }
 #else

@@ -16,6 +16,7 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
     }
     if (mask & MOE4_ISA_AVX512VNNI) {
         k->isa = "avx512vnni";
+        moe4_kernels_codec_avx512(k);
         moe4_kernels_glu_avx512(k);
         moe4_kernels_gemm_avx512vnni(k);
         moe4_kernels_gemm_avx512fp32(k);
