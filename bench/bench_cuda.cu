@@ -11,25 +11,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "../src/cuda/kernels.h"
 #include "../src/cuda/nvfp4.cuh"
-
-#define CUDA(expr)                                                                            \
-    do {                                                                                      \
-        cudaError_t error_ = (expr);                                                          \
-        if (error_ != cudaSuccess) {                                                          \
-            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
-            exit(1);                                                                          \
-        }                                                                                     \
-    } while (0)
+#include "../tests/cuda_run.cuh"
 
 enum { N_CALLS = 8 };
-
-static uint64_t seed = 7;
-static uint32_t rnd(void) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(seed >> 33);
-}
 
 static __device__ uint32_t mix(uint64_t i) {
     i = (i ^ i >> 31) * 0x9E3779B97F4A7C15u;
@@ -103,65 +88,20 @@ struct layer_shape {
     int hidden, intermediate, n, k;
 };
 
-template <class T> static T *dev(size_t n) {
-    T *p;
-    CUDA(cudaMalloc(&p, n * sizeof(T) + 256));
-    CUDA(cudaMemset(p, 0, n * sizeof(T) + 256));
-    return p;
-}
-
 static moe4_packed_experts make_layer(const layer_shape &s) {
-    moe4_packed_experts w = {};
-    w.n = s.n;
-    w.hidden = s.hidden;
-    w.intermediate = s.intermediate;
-    w.hidden_units = (s.hidden + 63) / 64;
-    w.intermediate_units = (s.intermediate + 63) / 64;
-    w.gate_up_tiles = 2 * w.intermediate_units;
-    w.down_tiles = w.hidden_units;
-    w.gate_up_bytes = (size_t)w.gate_up_tiles * w.hidden_units * MOE4_UNIT_BYTES;
-    w.down_bytes = (size_t)w.down_tiles * w.intermediate_units * MOE4_UNIT_BYTES;
-    uint8_t *a = dev<uint8_t>(w.gate_up_bytes * s.n), *b = dev<uint8_t>(w.down_bytes * s.n);
+    moe4_packed_experts w = packed_shape(s.n, s.hidden, s.intermediate);
+    uint8_t *a = poisoned<uint8_t>(w.gate_up_bytes * s.n), *b = poisoned<uint8_t>(w.down_bytes * s.n);
     fill_units<<<2048, 256>>>((uint32_t *)a, w.gate_up_bytes * s.n / 4);
     fill_units<<<2048, 256>>>((uint32_t *)b, w.down_bytes * s.n / 4);
     w.gate_up = a;
     w.down = b;
     std::vector<float> alpha(s.n, 256.f / sqrtf((float)s.hidden)), scale(s.n, 0.002f);
-    float *p = dev<float>(s.n), *q = dev<float>(s.n);
+    float *p = poisoned<float>(s.n), *q = poisoned<float>(s.n);
     CUDA(cudaMemcpy(p, alpha.data(), s.n * 4, cudaMemcpyHostToDevice));
     CUDA(cudaMemcpy(q, scale.data(), s.n * 4, cudaMemcpyHostToDevice));
     w.alpha_gate = w.alpha_up = w.alpha_down = p;
     w.scale_x = w.scale_h = q;
     return w;
-}
-
-static void carve_run(moe4_layer_run *r) {
-    size_t slots = (size_t)r->n_tokens * r->top_k, hk = (size_t)r->w.hidden_units * 64, ik = (size_t)r->w.intermediate_units * 64;
-    size_t x_rows = r->act == MOE4_ACT_STATIC ? slots : (size_t)r->n_tokens;
-    bool wide = r->act != MOE4_ACT_W4A16;
-    r->max_tiles = (int)(slots / r->tile_columns + (slots < (size_t)r->w.n ? slots : r->w.n)) + 1;
-    r->state = dev<moe4_run_state>(1);
-    r->tiles = dev<moe4_tile>(r->max_tiles);
-    r->slots = dev<int>(slots);
-    r->expert_slots = dev<int>(r->w.n);
-    r->x = dev<__nv_bfloat16>(x_rows * hk);
-    r->x_factor = wide ? dev<float>(x_rows) : NULL;
-    r->x_saturated = dev<int>(x_rows);
-    r->x_bad = dev<int>(r->n_tokens);
-    r->x_amax = dev<uint32_t>(1);
-    r->h_wide = wide ? dev<float>(slots * ik) : NULL;
-    r->h_amax = wide ? dev<uint32_t>(slots + 1) : NULL;
-    r->h = dev<__nv_bfloat16>(slots * ik);
-    r->h_factor = wide ? dev<float>(slots) : NULL;
-    r->h_saturated = dev<int>(slots);
-    r->done = dev<int>(r->max_tiles);
-    r->ready = dev<int>(r->max_tiles);
-    r->o = dev<float>(slots * r->w.hidden);
-}
-static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,  r->tiles,  r->slots, r->expert_slots, r->x,           r->x_factor, r->x_saturated, r->x_bad, r->x_amax,
-                   r->h_wide, r->h_amax, r->h,     r->h_factor,     r->h_saturated, r->done,     r->ready,       r->o};
-    for (void *p : all) CUDA(cudaFree(p));
 }
 
 struct variant {
@@ -182,11 +122,11 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     r.x_dtype = MOE4_BF16;
     r.x_in_ld = (size_t)s.hidden;
     carve_run(&r);
-    __nv_bfloat16 *y = dev<__nv_bfloat16>((size_t)T * s.hidden);
+    __nv_bfloat16 *y = poisoned<__nv_bfloat16>((size_t)T * s.hidden);
     std::vector<int32_t *> ids;
     std::vector<__nv_bfloat16 *> x;
     std::vector<float> ones(T * s.k, 0.3f);
-    float *weights = dev<float>(T * s.k);
+    float *weights = poisoned<float>(T * s.k);
     CUDA(cudaMemcpy(weights, ones.data(), ones.size() * 4, cudaMemcpyHostToDevice));
     double hit = 0;
     for (int c = 0; c < N_CALLS; c++) {
@@ -202,9 +142,9 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
             }
         }
         hit += std::count(used.begin(), used.end(), true) / (double)N_CALLS;
-        ids.push_back(dev<int32_t>(id.size()));
+        ids.push_back(poisoned<int32_t>(id.size()));
         CUDA(cudaMemcpy(ids[c], id.data(), id.size() * 4, cudaMemcpyHostToDevice));
-        x.push_back(dev<__nv_bfloat16>((size_t)T * s.hidden));
+        x.push_back(poisoned<__nv_bfloat16>((size_t)T * s.hidden));
         fill_normal<<<256, 256>>>(x[c], (size_t)T * s.hidden, (uint64_t)c << 40);
     }
     cudaStream_t stream;

@@ -8,21 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <vector>
-
-#include "../src/cuda/kernels.h"
 #include "../src/cuda/nvfp4.cuh"
+#include "cuda_run.cuh"
 
 static int n_failed, n_checks;
-
-#define CUDA(expr)                                                                            \
-    do {                                                                                      \
-        cudaError_t error_ = (expr);                                                          \
-        if (error_ != cudaSuccess) {                                                          \
-            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
-            exit(1);                                                                          \
-        }                                                                                     \
-    } while (0)
 
 static void check(bool good, const char *name, const char *what, double a, double b) {
     n_checks++;
@@ -31,11 +20,6 @@ static void check(bool good, const char *name, const char *what, double a, doubl
     printf("FAILED %s: %s: %g, %g\n", name, what, a, b);
 }
 
-static uint64_t seed = 1;
-static uint32_t rnd(void) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(seed >> 33);
-}
 static float rnd_normal(void) {
     float s = 0;
     for (int i = 0; i < 6; i++) s += (float)(rnd() & 0xFFFF) / 65536.f;
@@ -100,25 +84,6 @@ static float encode_host(float amax) {
 
 /* ---- a layer ---- */
 
-template <class T> static T *to_device(const std::vector<T> &v) {
-    T *p;
-    CUDA(cudaMalloc(&p, v.size() * sizeof(T) + 16));
-    CUDA(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-}
-template <class T> static std::vector<T> to_host(const T *p, size_t n) {
-    std::vector<T> v(n);
-    CUDA(cudaMemcpy(v.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
-    return v;
-}
-/* NaN-poisoned device memory. */
-template <class T> static T *poisoned(size_t n) {
-    T *p;
-    CUDA(cudaMalloc(&p, n * sizeof(T) + 16));
-    CUDA(cudaMemset(p, 0xFF, n * sizeof(T) + 16));
-    return p;
-}
-
 struct matrix {
     int rows, cols;
     std::vector<uint8_t> codes, scales;
@@ -165,16 +130,7 @@ struct host_layer {
 };
 
 static moe4_packed_experts make_layer(const shape_case &c, host_layer *l) {
-    moe4_packed_experts w = {};
-    w.n = c.n;
-    w.hidden = c.hidden;
-    w.intermediate = c.intermediate;
-    w.hidden_units = (c.hidden + 63) / 64;
-    w.intermediate_units = (c.intermediate + 63) / 64;
-    w.gate_up_tiles = 2 * w.intermediate_units;
-    w.down_tiles = w.hidden_units;
-    w.gate_up_bytes = (size_t)w.gate_up_tiles * w.hidden_units * MOE4_UNIT_BYTES;
-    w.down_bytes = (size_t)w.down_tiles * w.intermediate_units * MOE4_UNIT_BYTES;
+    moe4_packed_experts w = packed_shape(c.n, c.hidden, c.intermediate);
     uint8_t *gate_up, *down;
     CUDA(cudaMalloc(&gate_up, w.gate_up_bytes * c.n));
     CUDA(cudaMalloc(&down, w.down_bytes * c.n));
@@ -202,35 +158,6 @@ static moe4_packed_experts make_layer(const shape_case &c, host_layer *l) {
     w.scale_x = to_device(l->scale_x);
     w.scale_h = to_device(l->scale_h);
     return w;
-}
-
-static void carve_run(moe4_layer_run *r) {
-    size_t slots = (size_t)r->n_tokens * r->top_k, hk = (size_t)r->w.hidden_units * 64, ik = (size_t)r->w.intermediate_units * 64;
-    size_t x_rows = r->act == MOE4_ACT_STATIC ? slots : (size_t)r->n_tokens;
-    bool wide = r->act != MOE4_ACT_W4A16;
-    r->max_tiles = (int)(slots / r->tile_columns + (slots < (size_t)r->w.n ? slots : r->w.n)) + 1;
-    r->state = poisoned<moe4_run_state>(1);
-    r->tiles = poisoned<moe4_tile>(r->max_tiles);
-    r->slots = poisoned<int>(slots);
-    r->expert_slots = poisoned<int>(r->w.n);
-    r->x = poisoned<__nv_bfloat16>(x_rows * hk);
-    r->x_factor = wide ? poisoned<float>(x_rows) : NULL;
-    r->x_saturated = poisoned<int>(x_rows);
-    r->x_bad = poisoned<int>(r->n_tokens);
-    r->x_amax = poisoned<uint32_t>(1);
-    r->h_wide = wide ? poisoned<float>(slots * ik) : NULL;
-    r->h_amax = wide ? poisoned<uint32_t>(slots + 1) : NULL;
-    r->h = poisoned<__nv_bfloat16>(slots * ik);
-    r->h_factor = wide ? poisoned<float>(slots) : NULL;
-    r->h_saturated = poisoned<int>(slots);
-    r->done = poisoned<int>(r->max_tiles);
-    r->ready = poisoned<int>(r->max_tiles);
-    r->o = poisoned<float>(slots * r->w.hidden);
-}
-static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,  r->tiles,  r->slots, r->expert_slots, r->x,           r->x_factor, r->x_saturated, r->x_bad, r->x_amax,
-                   r->h_wide, r->h_amax, r->h,     r->h_factor,     r->h_saturated, r->done,     r->ready,       r->o};
-    for (void *p : all) CUDA(cudaFree(p));
 }
 
 struct outputs {
@@ -452,11 +379,13 @@ int main(int argc, char **argv) {
         {"one hot expert", 320, 96, 4, 70, 2, 1, true},
         {"many experts", 64, 32, 300, 64, 6, 0, false},
         {"all scales", 1024, 512, 2, 9, 2, 0, true},
-        {"one hot expert, 24", 192, 336, 2, 24, 1, 1, false},
-        {"one hot expert, 25", 1168, 80, 2, 25, 1, 1, false},
-        {"one hot expert, 17", 1104, 1088, 2, 17, 1, 1, false},
+        {"24 slots an expert", 192, 336, 2, 24, 1, 1, false},
+        {"25 slots an expert", 1168, 80, 2, 25, 1, 1, false},
+        {"17 slots an expert", 1104, 1088, 2, 17, 1, 1, false},
         {"512 experts", 64, 48, 512, 130, 8, 0, false},
     };
+    static const int slots[] = {1, 7, 8, 9, 15, 16, 23}; /* of the one expert that is hit; the cases above have 17, 24 and 25 */
+    for (int n : slots) run_case({"slots per expert", 80, 48, 3, n, 1, 1, false}, sm90);
     int n = quick ? 4 : (int)(sizeof cases / sizeof *cases);
     for (int i = 0; i < n; i++) run_case(cases[i], sm90);
     printf("check_cuda: %d checks, %d failed\n", n_checks, n_failed);

@@ -102,7 +102,7 @@ static __device__ __forceinline__ void consume_item(int units, const consumer &s
     if (n_slices == 2) add_slices<NT>(acc[0], acc[n_slices - 1]);
 #pragma unroll
     for (int j0 = 0; j0 < NT; j0 += 2) {
-        mbarrier_wait(bar.partial_empty(), *partial_parity ^ 1);
+        mbarrier_wait(bar.partial_empty(), *partial_parity);
         store_partials<NT>(partials + (threadIdx.x >> 5) * S::warp_floats, threadIdx.x & 31, acc[0], j0);
         mbarrier_arrive(bar.partial_full(finisher));
         *partial_parity ^= 1;
@@ -178,10 +178,7 @@ template <int NT> static __device__ void consume(const moe4_layer_run &run, bloc
             int index = s->item[at.i()].index;
             round_item<S>(run, s->item[at.i()].tile, index, s);
             consumer_sync();
-            if (threadIdx.x == 0) {
-                fence_proxy_async(); /* h will be read by bulk copies */
-                store_release(run.ready + index, 1);
-            }
+            if (threadIdx.x == 0) store_release(run.ready + index, 1);
         }
         __syncwarp();
         if ((threadIdx.x & 31) == 0) mbarrier_arrive(bar.item_empty(at.i()));
@@ -261,10 +258,7 @@ template <int NT> static __device__ void finish(const moe4_layer_run &run, const
         }
         if (down || h_is_marked<S>(run)) continue;
         __syncwarp();
-        if (lane == 0) {
-            if (run.act == MOE4_ACT_W4A16) fence_proxy_async(); /* h will be read by bulk copies */
-            add_release(run.done + item.index, 1);
-        }
+        if (lane == 0) add_release(run.done + item.index, 1);
     }
 }
 
@@ -291,7 +285,7 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
             mbarrier_init(smem_address(&s.item_empty[i]), CONSUMER_WARPS + FINISH_WARPS + 1);
         }
         for (int i = 0; i < FINISH_WARPS; i++) mbarrier_init(smem_address(&s.partial_full[i]), CONSUMER_WARPS * 32);
-        mbarrier_init(smem_address(&s.partial_empty), 32);
+        mbarrier_init(smem_address(&s.partial_empty), 32); /* the warp that looked at the counts, then whoever finished */
         mbarrier_init_fence();
     }
     if (early)

@@ -218,7 +218,6 @@ static __device__ int load_early(drawn *d, const moe4_layer_run &run, int phases
     d->items = items_of<S>(d->phase == MOE4_PHASE_DOWN ? run.w.down_tiles : run.w.gate_up_tiles);
     d->local = ticket;
     d->head = find_tile(run, counts, ticket / d->items);
-    __syncwarp(); /* the counts have been read: what lane 0 lets begin may write there */
     if (d->head.expert < 0) return 0;
     int row_tile = (ticket - d->head.head * d->items) / d->head.n_tiles;
     operands o = item_operands<S>(run, d->phase, d->head.expert, row_tile * S::item_tiles);
@@ -238,6 +237,7 @@ static __device__ void load_weights(const moe4_layer_run &run, int phases, block
     drawn next;
     if (lane == 0) ticket = atomicAdd(&run.state->ticket, 1);
     if (counts) loaded = load_early<NT>(&next, run, phases, bar, stages, counts, __shfl_sync(0xFFFFFFFFu, ticket, 0), policy);
+    mbarrier_arrive(bar.partial_empty()); /* the counts have been read: partial sums may take their place */
     if (lane) return;
     ticket_plan<S> plan = {-1, -1, -1};
     if (!loaded || next.head.n_tiles > 1) {
@@ -277,13 +277,50 @@ static __device__ void load_weights(const moe4_layer_run &run, int phases, block
 
 /* ---- a warp: activations ---- */
 
+/* Which of the 32 column tiles from `base` on have an h that may be read. Under load a look at memory takes microseconds, so one look is
+ * for all of them, and none is taken twice. */
+struct known_tiles {
+    int base;
+    uint32_t ready;
+};
+
+static __device__ void wait_for_h(const moe4_layer_run &run, known_tiles *known, int n_tiles, int index, int items) {
+    const int *flags = run.act == MOE4_ACT_W4A16 ? run.done : run.ready;
+    int wanted = run.act == MOE4_ACT_W4A16 ? items : 1;
+    if (known->base == (index & ~31) && known->ready >> (index & 31) & 1) return;
+    known->base = index & ~31;
+    do {
+        int i = known->base + (int)(threadIdx.x & 31);
+        known->ready = __ballot_sync(0xFFFFFFFFu, i < n_tiles && load_acquire(flags + i) >= wanted);
+    } while (!(known->ready >> (index & 31) & 1));
+    __syncwarp();
+    fence_proxy_async(); /* h was written by ordinary stores, and bulk copies will read it */
+}
+
+/* 32 sorted slots from `base` on, one a lane. */
+struct known_slots {
+    int base, mine;
+};
+
+static __device__ int slot_of_column(const moe4_layer_run &run, known_slots *known, int n_slots, int first, int n) {
+    int lane = threadIdx.x & 31;
+    if (first < known->base || first + n > known->base + 32) {
+        known->base = first;
+        known->mine = first + lane < n_slots ? run.slots[first + lane] : 0;
+    }
+    return __shfl_sync(0xFFFFFFFFu, known->mine, first - known->base + lane & 31);
+}
+
 template <int NT> static __device__ void load_activations(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages) {
     using S = shape<NT>;
     barriers bar(s);
     int lane = threadIdx.x & 31;
     ring stage = {0, 0};
     item_ring at = {0};
+    known_tiles tiles = {-1, 0};
+    known_slots slots = {-32, 0};
     dependency_wait();
+    int n_tiles = run.state->n_tiles, n_slots = run.state->n_slots;
     for (;;) {
         mbarrier_wait(bar.item_full(at.i()), at.parity());
         work_item item = s->item[at.i()];
@@ -293,26 +330,19 @@ template <int NT> static __device__ void load_activations(const moe4_layer_run &
         if (!item.phase) return;
         if (item.phase == PHASE_ROUND) continue;
         operands o = item_operands<S>(run, item.phase, item.tile.expert, item.row_tile);
-        const __nv_bfloat16 *row = NULL;
-        if (lane < item.tile.n) {
-            int r = item.tile.first + lane;
-            if (item.phase == MOE4_PHASE_GATE_UP) r = x_row(run, run.slots[r]);
-            row = o.rows + (size_t)r * (size_t)(o.units * MOE4_UNIT_K);
-        }
-        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP) {
-            const int *flag = run.act == MOE4_ACT_W4A16 ? run.done + item.index : run.ready + item.index;
-            int wanted = run.act == MOE4_ACT_W4A16 ? items_of<S>(run.w.gate_up_tiles) : 1;
-            if (lane == 0)
-                while (load_acquire(flag) < wanted) continue;
-            __syncwarp();
-        }
+        int r = item.tile.first + lane;
+        if (item.phase == MOE4_PHASE_GATE_UP)
+            r = x_row(run, slot_of_column(run, &slots, n_slots, item.tile.first, item.tile.n));
+        else if (phases & MOE4_PHASE_GATE_UP)
+            wait_for_h(run, &tiles, n_tiles, item.index, items_of<S>(run.w.gate_up_tiles));
+        const __nv_bfloat16 *row = o.rows + (size_t)r * (size_t)(o.units * MOE4_UNIT_K);
 #pragma unroll 1
         for (int u = 0; u < o.units; u += S::units) {
             uint32_t bytes = (uint32_t)min(S::units, o.units - u) * MOE4_UNIT_K * 2;
             mbarrier_wait(bar.empty(stage.i), stage.parity ^ 1);
             if (lane == 0) mbarrier_arrive_expect(bar.full(stage.i), (uint32_t)item.tile.n * bytes);
             __syncwarp();
-            if (row)
+            if (lane < item.tile.n)
                 bulk_load(stages + (uint32_t)(stage.i * S::stage_bytes + WEIGHT_BYTES + lane * S::x_row_bytes), row + u * MOE4_UNIT_K,
                           bytes, bar.full(stage.i));
             stage.next(S::n_stages);

@@ -11,7 +11,7 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
-    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? 8 : per_expert <= 10 ? 16 : 24;
+    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? 8 : per_expert <= 12 ? 16 : 24;
     (void)device;
 }
 
