@@ -48,6 +48,15 @@ static bool path_of(char path[static PATH_BYTES], const moe4_ctx *ctx, const str
     return n > 0 && n < PATH_BYTES - NAME_BYTES;
 }
 
+/* Of the packed bytes; false, and said, where there is no memory for it: that fails no call, so its text is forgotten. */
+static bool digest_packed(const moe4_ctx *ctx, const char *path, struct moe4_digest *digest_ret, const void *data, size_t bytes) {
+    const struct moe4_piece all = {data, bytes};
+    if (moe4_digest_pieces(ctx, digest_ret, &all, 1) == MOE4_OK) return true;
+    moe4_begin(ctx);
+    say(ctx, path, "no memory for the digest of %zu bytes", bytes);
+    return false;
+}
+
 /* ---- reading ---- */
 
 static bool check_header(const moe4_ctx *ctx, const char *path, const struct header *h, const struct moe4_cache_key *key) {
@@ -76,8 +85,7 @@ static bool check_header(const moe4_ctx *ctx, const char *path, const struct hea
 
 static bool check_packed(const moe4_ctx *ctx, const char *path, const struct header *h, const void *data, size_t bytes) {
     struct moe4_digest d;
-    const struct moe4_piece all = {data, bytes};
-    if (moe4_digest_pieces(ctx, &d, &all, 1) != MOE4_OK) return false;
+    if (!digest_packed(ctx, path, &d, data, bytes)) return false;
     if (memcmp(&d, &h->packed, sizeof d) == 0) return true;
     say(ctx, path, "digest of the packed bytes %016llx, the header has %016llx; packing again", (unsigned long long)d.bits[0],
         (unsigned long long)h->packed.bits[0]);
@@ -164,10 +172,9 @@ void moe4_cache_write(const moe4_ctx *ctx, const struct moe4_cache_key *key, con
         char bytes[HEADER_BYTES];
     } header = {.h = {.version = VERSION, .header_bytes = HEADER_BYTES, .bytes = key->bytes, .content = key->content}};
     char path[PATH_BYTES], temporary[PATH_BYTES], text[128];
-    const struct moe4_piece all = {data, key->bytes};
     memcpy(header.h.magic, magic, sizeof magic);
     memcpy(header.h.layout, key->layout, sizeof header.h.layout);
-    if (!path_of(path, ctx, key) || moe4_digest_pieces(ctx, &header.h.packed, &all, 1) != MOE4_OK) return;
+    if (!path_of(path, ctx, key) || !digest_packed(ctx, path, &header.h.packed, data, key->bytes)) return;
     int fd = open_temporary(temporary, ctx);
     if (fd < 0) {
         say(ctx, path, "cannot write: %s", why(text));

@@ -328,6 +328,59 @@ static void test_replaced_expert(void **state) {
     free(after);
 }
 
+static size_t n_allocated, fail_at;
+static void *failing_alloc(void *user, size_t bytes, size_t align) {
+    (void)user;
+    if (++n_allocated == fail_at) return NULL;
+    return aligned_alloc(align, (bytes + align - 1) / align * align);
+}
+static void plain_free(void *user, void *data) {
+    (void)user;
+    free(data);
+}
+
+/* Whichever allocation fails, with a file there and without: MEMORY, or a layer and no sentence left behind. */
+static void test_failing_allocations(void **state) {
+    (void)state;
+    if (!packs()) skip();
+    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+    o.n_threads = 1;
+    o.cache = folder;
+    o.log = keep_line;
+    o.alloc = failing_alloc;
+    o.free = plain_free;
+    moe4_moe_options mo = MOE4_MOE_OPTIONS_INIT;
+    mo.n_experts = E;
+    mo.top_k = K;
+    for (int with_file = 0; with_file < 2; with_file++) {
+        size_t n_made = 0;
+        bool failed = true;
+        for (fail_at = 1; failed; fail_at++) {
+            moe4_ctx *ctx;
+            moe4_moe *moe;
+            if (with_file) run(folder, NULL, NULL);
+            lines[0] = '\0';
+            n_allocated = 0;
+            moe4_status status = moe4_ctx_create(&ctx, &o);
+            if (status == MOE4_OK) {
+                status = moe4_moe_create(&moe, ctx, experts, &mo);
+                if (status == MOE4_OK) assert_string_equal(moe4_ctx_error(ctx), "");
+                if (status == MOE4_OK && n_allocated >= fail_at) { /* only the digest of the packed bytes may fail unseen */
+                    assert_non_null(strstr(lines, "no memory for the digest"));
+                    n_made++;
+                }
+                moe4_moe_destroy(moe);
+            }
+            failed = n_allocated >= fail_at;
+            assert_true(status == MOE4_OK || status == MOE4_ERROR_MEMORY);
+            moe4_ctx_destroy(ctx);
+            files_remove();
+            folder = o.cache = files_make();
+        }
+        assert_true(n_made > 0);
+    }
+}
+
 static void test_folder(void **state) {
     (void)state;
     moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
@@ -351,6 +404,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_cannot_write, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_processes_at_once, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_replaced_expert, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(test_failing_allocations, make_folder, remove_folder),
         cmocka_unit_test(test_folder),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
