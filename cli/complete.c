@@ -11,7 +11,7 @@ static const char *words_of(const char *arg) {
     } known[] = {
         {"MODE,...", "w4a16 static tensor token"},
         {"MODE", "w4a16 static tensor token bf16"},
-        {"NAME", "scalar avx2 avx512vnni avx512bf16"},
+        {"NAME", "scalar avx2 avx512vnni avx512bf16 neon neondot neoni8mm"},
         {"NAME|H,I,E,K", "v4-pro v4-flash qwen3-30b"},
         {"DTYPE", "bf16 f32"},
         {"DEVICE", "cpu cuda"},
