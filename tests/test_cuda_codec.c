@@ -363,6 +363,8 @@ static void test_errors(void **state) {
         free_device(bad, 0);
         free(laid);
     }
+    FAILS(MOE4_ERROR_UNSUPPORTED, "amax: 4294967296 x 1; on a device fewer than 2147483648 rows of 512", /* refused before x is read */
+          moe4_amax(gpu, &big, dx, MOE4_F32, (size_t)1 << 32, 1, 0));
     /* Host memory is still the CPU's, in a context on a device too. */
     OK(gpu, moe4_amax(gpu, &big, x, MOE4_F32, ROWS, COLS, 0));
     if (!isinf(big)) DIFFERS("amax of host memory: %g\n", (double)big);

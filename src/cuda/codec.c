@@ -29,6 +29,10 @@ struct scratch_call {
 
 static moe4_status with_scratch(const struct scratch_call *s) {
     const moe4_ctx *ctx = s->c->ctx;
+    const size_t in_row = s->c->cols / MOE4_CODEC_TASK + 1;
+    MOE4_CHECK(ctx, s->c->rows < MOE4_MAX_CODEC_TASKS / in_row, MOE4_ERROR_UNSUPPORTED,
+               "%s: %zu x %zu; on a device fewer than %u rows of %d", s->what, s->c->rows, s->c->cols, MOE4_MAX_CODEC_TASKS,
+               MOE4_CODEC_TASK);
     cudaStream_t stream = stream_of(s->c);
     void *scratch = NULL;
     struct moe4_cuda_current saved;

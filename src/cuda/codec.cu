@@ -9,24 +9,27 @@
 #include "../layout.h"
 
 #define THREADS 256
-#define WARP_BLOCKS 32
+#define WARP_BLOCKS (MOE4_CODEC_TASK / MOE4_BLOCK)
 
 /* ---- tasks ---- */
 
-static __device__ size_t warp_index(void) {
-    return ((size_t)blockIdx.x * THREADS + threadIdx.x) / 32;
+/* A warp's task is 32 blocks of a row; MOE4_MAX_CODEC_TASKS at most, which codec.c sees to. */
+static __device__ uint32_t warp_index(void) {
+    return (blockIdx.x * THREADS + threadIdx.x) / 32;
 }
-static __device__ size_t n_warps(void) {
-    return (size_t)gridDim.x * (THREADS / 32);
+static __device__ uint32_t n_warps(void) {
+    return gridDim.x * (THREADS / 32);
+}
+static __host__ __device__ uint32_t tasks_in_row(size_t cols) {
+    return (uint32_t)((cols + MOE4_CODEC_TASK - 1) / MOE4_CODEC_TASK);
+}
+static __host__ __device__ uint32_t n_tasks(const moe4_codec_call &c) {
+    return (uint32_t)c.rows * tasks_in_row(c.cols);
 }
 
 static unsigned grid_for(size_t n_warp_tasks) {
     size_t blocks = (n_warp_tasks + THREADS / 32 - 1) / (THREADS / 32);
     return (unsigned)(blocks < 4096 ? blocks : 4096);
-}
-
-static __host__ __device__ size_t tasks_in_row(size_t cols) {
-    return (cols + WARP_BLOCKS * MOE4_BLOCK - 1) / (WARP_BLOCKS * MOE4_BLOCK);
 }
 
 /* Element [row, col] of x or y, where row is one of codes'. */
@@ -45,17 +48,20 @@ static __device__ float load_one(const void *x, moe4_dtype dtype) {
 }
 
 static __device__ uint8_t *scale_of(const moe4_codec_call &c, size_t row, size_t block) {
-    size_t part = row / c.part_rows;
-    return c.scales + part * c.part_bytes +
-           moe4_scales_at(c.o.scale_layout, c.part_rows, c.cols / MOE4_BLOCK, row - part * c.part_rows, block / 4) + block % 4;
+    uint8_t *scales = c.scales;
+    if (row >= c.part_rows) { /* up's half of interleaved rows */
+        scales += c.part_bytes;
+        row -= c.part_rows;
+    }
+    return scales + moe4_scales_at(c.o.scale_layout, c.part_rows, c.cols / MOE4_BLOCK, row, block / 4) + block % 4;
 }
 
 /* ---- amax ---- */
 
 static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_constant__ moe4_codec_call c, uint32_t *amax) {
-    size_t in_row = tasks_in_row(c.cols), n_tasks = c.rows * in_row;
+    uint32_t in_row = tasks_in_row(c.cols), n = n_tasks(c);
     uint32_t most = 0;
-    for (size_t task = warp_index(); task < n_tasks; task += n_warps()) {
+    for (uint32_t task = warp_index(); task < n; task += n_warps()) {
         size_t row = task / in_row, col = (task % in_row * WARP_BLOCKS + threadIdx.x % 32) * MOE4_BLOCK, from = place(c, row, col);
         if (col + MOE4_BLOCK <= c.cols) {
             float v[16];
@@ -81,7 +87,7 @@ static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_const
 cudaError_t moe4_cuda_codec_amax(const moe4_codec_call *c, uint32_t *amax, cudaStream_t stream) {
     cudaError_t error = cudaMemsetAsync(amax, 0, (c->o.per_row ? c->rows : 1) * sizeof *amax, stream);
     if (error != cudaSuccess || !c->rows || !c->cols) return error;
-    amax_kernel<<<grid_for(c->rows * tasks_in_row(c->cols)), THREADS, 0, stream>>>(*c, amax);
+    amax_kernel<<<grid_for(n_tasks(*c)), THREADS, 0, stream>>>(*c, amax);
     return cudaGetLastError();
 }
 
@@ -109,6 +115,15 @@ static __device__ uint8_t block_scale(float q, moe4_recipe recipe) {
     return recipe == MOE4_RECIPE_COMPRESSED_TENSORS && scale == 0 ? 0x20 : scale;
 }
 
+/* x / d, correctly rounded, from the correctly rounded 1 / d: one correction brings the quotient within an ulp, the next one makes it
+ * right (Markstein), because the remainders are exact. d is far from the ends of fp32's range. Where they are not exact the quotient is
+ * too small or too large for any code but 0 or 7. */
+static __device__ __forceinline__ float divide(float x, float d, float reciprocal) {
+    float q = __fmul_rn(x, reciprocal);
+    q = __fmaf_rn(__fmaf_rn(-q, d, x), reciprocal, q);
+    return __fmaf_rn(__fmaf_rn(-q, d, x), reciprocal, q);
+}
+
 static __device__ block_result block_codes(const float x[16], uint8_t scale, moe4_recipe recipe, float global) {
     block_result r = {{0, 0}, scale};
     float sf8 = e4m3_value(scale);
@@ -123,10 +138,12 @@ static __device__ block_result block_codes(const float x[16], uint8_t scale, moe
         return r;
     }
     float divisor = recipe == MOE4_RECIPE_COMPRESSED_TENSORS ? __fdiv_rn(sf8, global) : __fmul_rn(sf8, global);
+    bool usual = divisor >= 0x1p-80f && divisor <= 0x1p80f;
+    float reciprocal = usual ? __frcp_rn(divisor) : 0.f;
 #pragma unroll
     for (int k = 0; k < 16; k++) {
-        uint32_t code = e2m1_magnitude(fabsf(__fdiv_rn(x[k], divisor))) | (x[k] < 0.f ? 8u : 0u);
-        r.codes[k / 8] |= code << 4 * (k % 8);
+        float quotient = usual ? divide(x[k], divisor, reciprocal) : __fdiv_rn(x[k], divisor);
+        r.codes[k / 8] |= (e2m1_magnitude(fabsf(quotient)) | (x[k] < 0.f ? 8u : 0u)) << 4 * (k % 8);
     }
     return r;
 }
@@ -137,10 +154,10 @@ static __device__ float code_value(uint32_t code) {
 
 /* Sum of the squared errors of the decoded block, in fp64, in the order of the elements. */
 static __device__ double block_error(const block_result &r, const float x[16], float global) {
-    double sum = 0, sf8 = (double)e4m3_value(r.scale);
+    double sum = 0, step = __dmul_rn((double)e4m3_value(r.scale), (double)global); /* exact, as are its products */
 #pragma unroll
     for (int k = 0; k < 16; k++) {
-        double value = __dmul_rn(__dmul_rn((double)code_value(r.codes[k / 8] >> 4 * (k % 8)), sf8), (double)global);
+        double value = __dmul_rn((double)code_value(r.codes[k / 8] >> 4 * (k % 8)), step);
         double error = __dsub_rn((double)x[k], value);
         sum = __dadd_rn(sum, __dmul_rn(error, error));
     }
@@ -178,9 +195,9 @@ static __device__ int quantize_block(const moe4_codec_call &c, const moe4_codec_
 
 static __global__ void __launch_bounds__(THREADS)
     quantize_kernel(const __grid_constant__ moe4_codec_call c, const moe4_codec_scale *scales, unsigned long long *n_saturated) {
-    size_t in_row = tasks_in_row(c.cols), n_tasks = c.rows * in_row;
+    uint32_t in_row = tasks_in_row(c.cols), n = n_tasks(c);
     int saturated = 0;
-    for (size_t task = warp_index(); task < n_tasks; task += n_warps()) {
+    for (uint32_t task = warp_index(); task < n; task += n_warps()) {
         size_t block = task % in_row * WARP_BLOCKS + threadIdx.x % 32;
         if (block < c.cols / MOE4_BLOCK) saturated += quantize_block(c, scales, task / in_row, block);
     }
@@ -195,14 +212,23 @@ cudaError_t moe4_cuda_codec_quantize(const moe4_codec_call *c, const moe4_codec_
     if (c->o.scale_layout != MOE4_SCALES_LINEAR) /* its padding is zeros */
         error = cudaMemsetAsync(c->scales, 0, c->part_bytes * (c->rows / c->part_rows), stream);
     if (error != cudaSuccess) return error;
-    quantize_kernel<<<grid_for(c->rows * tasks_in_row(c->cols)), THREADS, 0, stream>>>(*c, scales, n_saturated);
+    quantize_kernel<<<grid_for(n_tasks(*c)), THREADS, 0, stream>>>(*c, scales, n_saturated);
     return cudaGetLastError();
 }
 
 /* ---- dequantize ---- */
 
-/* As the host's: d in fp32 with an odd last bit where it is inexact, so that a second rounding is as good as one. */
-static __device__ float round_to_odd(double d) {
+/* A number that was rounded to p and has `rest` left, as fp32 with an odd last bit where that is inexact: a second rounding is then as
+ * good as one. */
+static __device__ __forceinline__ float round_to_odd(float p, float rest) {
+    uint32_t bits = __float_as_uint(p);
+    if (rest == 0.f) return p;
+    if ((__float_as_uint(rest) ^ bits) >> 31) bits--; /* p was rounded away from zero */
+    return __uint_as_float(bits | 1);
+}
+
+/* The same from fp64, for numbers at the ends of fp32's range. */
+static __device__ float narrow_to_odd(double d) {
     float f = __double2float_rn(d);
     if ((double)f == d) return f;
     uint32_t bits = __float_as_uint(f);
@@ -210,44 +236,84 @@ static __device__ float round_to_odd(double d) {
     return __uint_as_float(bits | 1);
 }
 
-static __device__ void store_value(void *y, moe4_dtype dtype, float exact, float factor, bool divides) {
-    if (dtype == MOE4_F32) {
-        *(float *)y = divides ? __fdiv_rn(exact, factor) : __fmul_rn(exact, factor);
-        return;
-    }
-    double d = divides ? __ddiv_rn((double)exact, (double)factor) : __dmul_rn((double)exact, (double)factor);
-    float f = round_to_odd(d);
-    if (dtype == MOE4_BF16)
-        *(__nv_bfloat16 *)y = __float2bfloat16_rn(f);
-    else
-        *(__half *)y = __float2half_rn(f);
+struct decoder {
+    float factor, reciprocal; /* reciprocal: of a divisor; 0 where there is none */
+    bool divides, usual;      /* usual: remainders are exact in fp32 */
+};
+
+static __device__ decoder make_decoder(moe4_recipe recipe, float global) {
+    decoder d = {recipe == MOE4_RECIPE_ACTIVATION ? __fdiv_rn(1.f, global) : global, 0.f, recipe == MOE4_RECIPE_COMPRESSED_TENSORS, false};
+    d.usual = d.factor >= 0x1p-80f && d.factor <= 0x1p80f;
+    if (d.divides && d.usual) d.reciprocal = __frcp_rn(d.factor);
+    return d;
 }
 
-/* Through shared memory, so that neighbouring lanes write neighbouring elements. */
-static __global__ void __launch_bounds__(THREADS) dequantize_kernel(const __grid_constant__ moe4_codec_call c, const float *globals) {
-    size_t n_blocks = c.cols / MOE4_BLOCK, n_tasks = c.rows * tasks_in_row(c.cols), in_row = tasks_in_row(c.cols);
-    bool divides = c.o.recipe == MOE4_RECIPE_COMPRESSED_TENSORS;
-    int lane = threadIdx.x % 32;
-    for (size_t task = warp_index(); task < n_tasks; task += n_warps()) {
-        size_t row = task / in_row, first = task % in_row * WARP_BLOCKS, here = min((size_t)WARP_BLOCKS, n_blocks - first);
-        float factor = globals[c.o.per_row ? row : 0];
-        if (c.o.recipe == MOE4_RECIPE_ACTIVATION) factor = __fdiv_rn(1.f, factor);
-        const uint8_t *codes = c.codes + (row * c.cols + first * MOE4_BLOCK) / 2;
-        size_t to = place(c, row, first * MOE4_BLOCK);
-        float scale = (size_t)lane < here ? e4m3_value(*scale_of(c, row, first + lane)) : 0.f;
-        for (size_t i = lane; i - lane < here * MOE4_BLOCK; i += 32) { /* every lane takes part in the shuffle */
-            float sf8 = __shfl_sync(0xFFFFFFFFu, scale, (int)(i / MOE4_BLOCK));
-            if (i < here * MOE4_BLOCK) {
-                float exact = __fmul_rn(code_value(codes[i / 2] >> 4 * (i % 2)), sf8);
-                store_value((void *)at(c.y, c.dtype, to + i), c.dtype, exact, factor, divides);
+/* exact * factor or / factor: rounded to fp32, or so that rounding it to fewer bits is right. */
+static __device__ __forceinline__ float decode_value(float exact, const decoder &d, bool to_fp32) {
+    if (to_fp32) return d.divides ? __fdiv_rn(exact, d.factor) : __fmul_rn(exact, d.factor);
+    if (!d.usual) return narrow_to_odd(d.divides ? __ddiv_rn((double)exact, (double)d.factor) : __dmul_rn((double)exact, (double)d.factor));
+    if (exact == 0.f) return exact; /* with its sign, which a remainder of +0 would take */
+    float p = d.divides ? divide(exact, d.factor, d.reciprocal) : __fmul_rn(exact, d.factor);
+    float rest = d.divides ? __fmaf_rn(-p, d.factor, exact) : __fmaf_rn(exact, d.factor, -p);
+    return round_to_odd(p, rest);
+}
+
+static __device__ void store_values(void *to, moe4_dtype dtype, const float v[16]) {
+    if (dtype == MOE4_F32) {
+        float *f = (float *)to;
+        bool aligned = ((uintptr_t)to & 15) == 0;
+#pragma unroll
+        for (int i = 0; i < 16; i += 4)
+            if (aligned) {
+                *(float4 *)(f + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+            } else {
+                for (int k = i; k < i + 4; k++) f[k] = v[k];
             }
-        }
+        return;
+    }
+    uint32_t pairs[8];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        uint32_t half = dtype == MOE4_BF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(v[i])) : __half_as_ushort(__float2half_rn(v[i]));
+        pairs[i / 2] = i % 2 ? pairs[i / 2] | half << 16 : half;
+    }
+    if (((uintptr_t)to & 15) == 0) {
+        *(uint4 *)to = *(uint4 *)pairs;
+        *((uint4 *)to + 1) = *(uint4 *)(pairs + 4);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) ((uint16_t *)to)[i] = (uint16_t)(pairs[i / 2] >> 16 * (i % 2));
+}
+
+static __device__ void load_codes(uint32_t codes[2], const uint8_t *from) {
+    if (((uintptr_t)from & 7) == 0) {
+        *(uint2 *)codes = __ldcs((const uint2 *)from);
+        return;
+    }
+    codes[0] = codes[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) codes[i / 4] |= (uint32_t)from[i] << 8 * (i % 4);
+}
+
+static __global__ void __launch_bounds__(THREADS) dequantize_kernel(const __grid_constant__ moe4_codec_call c, const float *globals) {
+    uint32_t in_row = tasks_in_row(c.cols), n = n_tasks(c);
+    for (uint32_t task = warp_index(); task < n; task += n_warps()) {
+        size_t row = task / in_row, block = task % in_row * WARP_BLOCKS + threadIdx.x % 32;
+        if (block >= c.cols / MOE4_BLOCK) continue;
+        decoder d = make_decoder(c.o.recipe, globals[c.o.per_row ? row : 0]);
+        float sf8 = e4m3_value(*scale_of(c, row, block)), v[16];
+        uint32_t codes[2];
+        load_codes(codes, c.codes + (row * c.cols + block * MOE4_BLOCK) / 2);
+#pragma unroll
+        for (int k = 0; k < 16; k++) v[k] = decode_value(__fmul_rn(code_value(codes[k / 8] >> 4 * (k % 8)), sf8), d, c.dtype == MOE4_F32);
+        store_values((void *)at(c.y, c.dtype, place(c, row, block * MOE4_BLOCK)), c.dtype, v);
     }
 }
 
 cudaError_t moe4_cuda_codec_dequantize(const moe4_codec_call *c, const float *globals, cudaStream_t stream) {
     if (!c->rows || !c->cols) return cudaSuccess;
-    dequantize_kernel<<<grid_for(c->rows * tasks_in_row(c->cols)), THREADS, 0, stream>>>(*c, globals);
+    dequantize_kernel<<<grid_for(n_tasks(*c)), THREADS, 0, stream>>>(*c, globals);
     return cudaGetLastError();
 }
 
@@ -272,7 +338,7 @@ static __global__ void __launch_bounds__(THREADS)
 cudaError_t moe4_cuda_codec_find(const moe4_codec_call *c, int of_scales, unsigned long long *first_bad, cudaStream_t stream) {
     cudaError_t error = cudaMemsetAsync(first_bad, 0xFF, sizeof *first_bad, stream);
     if (error != cudaSuccess || !c->rows || !c->cols) return error;
-    unsigned grid = grid_for(c->rows * tasks_in_row(c->cols));
+    unsigned grid = grid_for(n_tasks(*c));
     if (of_scales)
         bad_scale_kernel<<<grid, THREADS, 0, stream>>>(*c, first_bad);
     else
@@ -282,10 +348,12 @@ cudaError_t moe4_cuda_codec_find(const moe4_codec_call *c, int of_scales, unsign
 
 /* ---- layouts of scales ---- */
 
-/* Row and quad of dst's word i; rows past the matrix are padding. */
-static __device__ void word_place(moe4_scale_layout layout, size_t rows, size_t n_quads, size_t i, size_t *row, size_t *quad) {
+/* Row and quad of dst's word i; rows past the matrix are padding. Index is 32 bits wide where that is enough: divisions are what this
+ * costs. */
+template <class Index>
+static __device__ void word_place(moe4_scale_layout layout, Index rows, Index n_quads, Index i, Index *row, Index *quad) {
     if (layout == MOE4_SCALES_128X4) {
-        size_t tile = i / 128, in_tile = i % 128;
+        Index tile = i / 128, in_tile = i % 128;
         *row = tile / n_quads * 128 + in_tile % 4 * 32 + in_tile / 4;
         *quad = tile % n_quads;
     } else if (layout == MOE4_SCALES_WORDS) {
@@ -297,22 +365,31 @@ static __device__ void word_place(moe4_scale_layout layout, size_t rows, size_t 
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) convert_kernel(const __grid_constant__ moe4_scales_conversion s, size_t n_words) {
-    size_t n_quads = (s.n_blocks + 3) / 4;
-    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < s.n_matrices * n_words; i += (size_t)gridDim.x * THREADS) {
-        size_t matrix = i / n_words, row, quad;
-        word_place(s.dst_layout, s.rows, n_quads, i % n_words, &row, &quad);
-        size_t n = min((size_t)4, s.n_blocks - 4 * quad);
-        uint8_t *to = s.dst + matrix * s.dst_bytes + moe4_scales_at(s.dst_layout, s.rows, s.n_blocks, row, quad);
-        const uint8_t *from =
-            s.src + matrix * s.src_bytes + (row < s.rows ? moe4_scales_at(s.src_layout, s.rows, s.n_blocks, row, quad) : 0);
-        for (size_t k = 0; k < (s.dst_layout == MOE4_SCALES_LINEAR ? n : 4); k++) to[k] = row < s.rows && k < n ? from[k] : 0;
-    }
+template <class Index>
+static __global__ void __launch_bounds__(THREADS) convert_kernel(const __grid_constant__ moe4_scales_conversion s, Index n_words) {
+    Index rows = (Index)s.rows, n_quads = (Index)((s.n_blocks + 3) / 4), row, quad;
+    for (size_t matrix = blockIdx.y; matrix < s.n_matrices; matrix += gridDim.y)
+        for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n_words; i += (size_t)gridDim.x * THREADS) {
+            word_place(s.dst_layout, rows, n_quads, (Index)i, &row, &quad);
+            size_t n = min((size_t)4, s.n_blocks - 4 * (size_t)quad);
+            uint8_t *to = s.dst + matrix * s.dst_bytes + moe4_scales_at(s.dst_layout, s.rows, s.n_blocks, row, quad);
+            bool inside = row < rows;
+            const uint8_t *from = s.src + matrix * s.src_bytes + (inside ? moe4_scales_at(s.src_layout, s.rows, s.n_blocks, row, quad) : 0);
+            if (n == 4 && (((uintptr_t)to | (uintptr_t)from) & 3) == 0) {
+                *(uint32_t *)to = inside ? *(const uint32_t *)from : 0;
+                continue;
+            }
+            for (size_t k = 0; k < (s.dst_layout == MOE4_SCALES_LINEAR ? n : 4); k++) to[k] = inside && k < n ? from[k] : 0;
+        }
 }
 
 cudaError_t moe4_cuda_scales_convert(const moe4_scales_conversion *s, cudaStream_t stream) {
     size_t rows = s->dst_layout == MOE4_SCALES_128X4 ? (s->rows + 127) / 128 * 128 : s->rows, n_words = rows * ((s->n_blocks + 3) / 4);
     if (!n_words || !s->n_matrices) return cudaSuccess;
-    convert_kernel<<<grid_for((s->n_matrices * n_words + 31) / 32), THREADS, 0, stream>>>(*s, n_words);
+    dim3 grid(grid_for((n_words + 31) / 32), (unsigned)(s->n_matrices < 65535 ? s->n_matrices : 65535));
+    if (n_words < (size_t)1 << 31)
+        convert_kernel<uint32_t><<<grid, THREADS, 0, stream>>>(*s, (uint32_t)n_words);
+    else
+        convert_kernel<size_t><<<grid, THREADS, 0, stream>>>(*s, n_words);
     return cudaGetLastError();
 }

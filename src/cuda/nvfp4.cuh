@@ -91,10 +91,14 @@ static __host__ __device__ inline uint8_t pack_scale(uint8_t e4m3) {
 
 /* ---- rounding ---- */
 
-/* To nearest, ties to the even code, saturating; NaN -> 7 with x's sign. */
+/* The code of a >= 0: to nearest, ties to the even code, saturating; NaN -> 7. Adding 2^22, 2^23 or 2^24 rounds to the step of a's range,
+ * 0.5, 1 or 2, and leaves the count of steps in the low bits. */
 static __device__ __forceinline__ uint32_t e2m1_magnitude(float a) {
-    return (uint32_t) !(a <= 0.25f) + (uint32_t) !(a < 0.75f) + (uint32_t) !(a <= 1.25f) + (uint32_t) !(a < 1.75f) +
-           (uint32_t) !(a <= 2.5f) + (uint32_t) !(a < 3.5f) + (uint32_t) !(a <= 5.f);
+    a = fminf(a, 6.f); /* of a NaN, too */
+    bool from_2 = a >= 2.f, from_4 = a >= 4.f;
+    float magic = from_4 ? 0x1p24f : from_2 ? 0x1p23f : 0x1p22f;
+    uint32_t origin = from_4 ? 0x4B800000u - 4 : from_2 ? 0x4B000000u - 2 : 0x4A800000u;
+    return __float_as_uint(__fadd_rn(a, magic)) - origin;
 }
 static __device__ __forceinline__ float e2m1_value(uint32_t magnitude) {
     return __uint_as_float(magnitude << 22) * 0x1p126f; /* the fields of an fp32, subnormal for 0.5 */
