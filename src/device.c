@@ -12,7 +12,8 @@ static moe4_status host_fail(const moe4_ctx *ctx, moe4_status status, const char
     return moe4_fail(ctx, status, "%s", text);
 }
 
-static const struct moe4_plugin_host host = {host_fail, moe4_calloc, moe4_free, moe4_dtype_name};
+static const struct moe4_plugin_host host = {host_fail,          moe4_calloc,    moe4_free,        moe4_dtype_name,
+                                             moe4_digest_pieces, moe4_cache_map, moe4_cache_unmap, moe4_cache_write};
 
 /* "cuda" or "cuda:N" -> N; -1 for anything else. */
 static int device_index(const char *name) {

@@ -4,8 +4,9 @@
 #define MOE4_PLUGIN_H
 
 #include "backend.h"
+#include "cache.h"
 
-enum { MOE4_PLUGIN_ABI = 2 };
+enum { MOE4_PLUGIN_ABI = 3 };
 
 /* The core's services; the plug-in links nothing of the core. */
 struct moe4_plugin_host {
@@ -13,6 +14,10 @@ struct moe4_plugin_host {
     void *(*calloc)(const moe4_ctx *ctx, size_t n, size_t size, const char *what);
     void (*free)(const moe4_ctx *ctx, void *data);
     const char *(*dtype_name)(moe4_dtype dtype);
+    moe4_status (*digest_pieces)(const moe4_ctx *ctx, struct moe4_digest *digest_ret, const struct moe4_piece *pieces, size_t n);
+    void *(*cache_map)(const moe4_ctx *ctx, const struct moe4_cache_key *key);
+    void (*cache_unmap)(void *data, size_t bytes);
+    void (*cache_write)(const moe4_ctx *ctx, const struct moe4_cache_key *key, const void *data);
 };
 
 struct moe4_plugin {

@@ -49,6 +49,17 @@ moe4_status moe4_cuda_expert_replaced(moe4_ctx *ctx, struct moe4_experts *expert
 /* scales.c */
 moe4_status moe4_cuda_scales_check(const moe4_ctx *ctx, const moe4_weight *w, const char *what, bool *host_ret);
 
+/* cache.c: packed bytes in the context's cache folder. The key is of n matrices, those without data left out, that become `bytes`; it is
+ * not usable without a folder, or where the host cannot read a matrix. */
+struct moe4_cuda_cached {
+    struct moe4_cache_key key;
+    bool usable;
+};
+moe4_status moe4_cuda_cache_key(const moe4_ctx *ctx, struct moe4_cuda_cached *c, const moe4_weight *const *weights, size_t n, size_t bytes);
+/* *found_ret: `packed`, on the device, has the bytes now. */
+moe4_status moe4_cuda_cache_read(const moe4_ctx *ctx, const struct moe4_cuda_cached *c, void *packed, bool *found_ret);
+moe4_status moe4_cuda_cache_write(const moe4_ctx *ctx, const struct moe4_cuda_cached *c, const void *packed);
+
 /* moe.c: what a workspace is for, tokens or rows that are summed into tokens; and the runs of a layer in it (base NULL: counts). */
 struct moe4_extent {
     bool by_rows;

@@ -138,17 +138,18 @@ static float alpha(const moe4_weight *w) {
     return w->dtype == MOE4_NVFP4 ? w->global * MOE4_DECODE_FACTOR : 1;
 }
 
-/* Expert x as p's i-th, through the staging buffer. */
-static moe4_status place_expert(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *x, size_t i,
-                                struct moe4_cuda_stage *stage) {
+/* Expert x's matrices as p's i-th, through the staging buffer. */
+static moe4_status place_matrices(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *x, size_t i,
+                                  struct moe4_cuda_stage *stage) {
     uint8_t *down = (uint8_t *)p->down + i * p->down_bytes;
+    MOE4_TRY(place_gate_up(ctx, (uint8_t *)p->gate_up + i * p->gate_up_bytes, x, stage));
+    return x->down.dtype == MOE4_NVFP4 ? moe4_cuda_pack_weight(ctx, down, &x->down, 0, stage) : moe4_cuda_place_plain(ctx, down, &x->down);
+}
+
+/* What of it is no matrix. */
+static moe4_status place_rest(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *x, size_t i) {
     const float x_scale = x->gate.input_scale > x->up.input_scale ? x->gate.input_scale : x->up.input_scale; /* they read the same x */
     const float numbers[N_NUMBERS] = {alpha(&x->gate), alpha(&x->up), alpha(&x->down), x_scale, x->down.input_scale};
-    MOE4_TRY(place_gate_up(ctx, (uint8_t *)p->gate_up + i * p->gate_up_bytes, x, stage));
-    if (x->down.dtype == MOE4_NVFP4)
-        MOE4_TRY(moe4_cuda_pack_weight(ctx, down, &x->down, 0, stage));
-    else
-        MOE4_TRY(moe4_cuda_place_plain(ctx, down, &x->down));
     MOE4_TRY(place_bias(ctx, p->bias_gate, &x->gate, i));
     MOE4_TRY(place_bias(ctx, p->bias_up, &x->up, i));
     MOE4_TRY(place_bias(ctx, p->bias_down, &x->down, i));
@@ -157,8 +158,8 @@ static moe4_status place_expert(const moe4_ctx *ctx, const struct moe4_packed_ex
     return moe4_cuda_check(ctx, error, "copying expert scales to the device");
 }
 
-/* n experts as p's, and waits for them. */
-static moe4_status place_experts(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *experts, size_t n) {
+/* Matrices of n experts as p's, and waits for them. */
+static moe4_status place_all_matrices(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *experts, size_t n) {
     struct moe4_cuda_stage stage = {0};
     const moe4_weight *w[] = {&experts->up, &experts->down};
     for (int i = 0; i < 2; i++)
@@ -167,16 +168,46 @@ static moe4_status place_experts(const moe4_ctx *ctx, const struct moe4_packed_e
     MOE4_TRY(moe4_cuda_alloc(ctx, &data, stage.bytes, "staging of one matrix"));
     stage.data = data;
     moe4_status status = MOE4_OK;
-    for (size_t i = 0; i < n && status == MOE4_OK; i++) status = place_expert(ctx, p, &experts[i], i, &stage);
+    for (size_t i = 0; i < n && status == MOE4_OK; i++) status = place_matrices(ctx, p, &experts[i], i, &stage);
     if (status == MOE4_OK) status = moe4_cuda_check(ctx, cudaStreamSynchronize(NULL), "packing");
     cudaFree(data);
     return status;
 }
 
+static moe4_status place_experts(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const moe4_expert *experts, size_t n) {
+    MOE4_TRY(place_all_matrices(ctx, p, experts, n));
+    for (size_t i = 0; i < n; i++) MOE4_TRY(place_rest(ctx, p, &experts[i], i));
+    return MOE4_OK;
+}
+
+/* The same from the cache folder, or into it. */
+static moe4_status place_cached(const moe4_ctx *ctx, const struct moe4_packed_experts *p, const struct moe4_experts *e) {
+    struct moe4_cuda_cached cached;
+    bool found = false;
+    void *packed = (void *)p->gate_up; /* down follows */
+    const moe4_weight **weights = moe4_calloc(ctx, 3 * e->n, sizeof *weights, "experts");
+    if (!weights) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < e->n; i++) {
+        weights[3 * i] = &e->expert[i].gate;
+        weights[3 * i + 1] = &e->expert[i].up;
+        weights[3 * i + 2] = &e->expert[i].down;
+    }
+    moe4_status status = moe4_cuda_cache_key(ctx, &cached, weights, 3 * e->n, e->n * (p->gate_up_bytes + p->down_bytes));
+    moe4_free(ctx, weights);
+    MOE4_TRY(status);
+    MOE4_TRY(moe4_cuda_cache_read(ctx, &cached, packed, &found));
+    if (!found) {
+        MOE4_TRY(place_all_matrices(ctx, p, e->expert, e->n));
+        MOE4_TRY(moe4_cuda_cache_write(ctx, &cached, packed));
+    }
+    for (size_t i = 0; i < e->n; i++) MOE4_TRY(place_rest(ctx, p, &e->expert[i], i));
+    return MOE4_OK;
+}
+
 static moe4_status prepare(moe4_ctx *ctx, struct moe4_packed_experts *p, const struct moe4_experts *e) {
     MOE4_TRY(size_experts(ctx, p, e));
     MOE4_TRY(allocate(ctx, p, find_biases(e)));
-    return place_experts(ctx, p, e->expert, e->n);
+    return ctx->cache ? place_cached(ctx, p, e) : place_experts(ctx, p, e->expert, e->n);
 }
 
 moe4_status moe4_cuda_experts_prepare(moe4_ctx *ctx, struct moe4_experts *experts) {

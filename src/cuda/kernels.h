@@ -93,7 +93,7 @@ struct moe4_layer_run {
     const int32_t *given; /* SORTED: offsets [n + 1]; BATCHED: counts [n]; whatever they hold */
     int max_rows;         /* BATCHED */
     int n_summed;
-    int x_by_slot;                    /* slots of a token round its row each in their own way; in STATIC they do anyway */
+    int x_by_slot; /* slots of a token round its row each in their own way; in STATIC they do anyway */
     int h_is_weighted;
     const float *weight_x, *weight_h; /* by slot, on x or on h before they are rounded; or NULL */
 

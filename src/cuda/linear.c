@@ -25,6 +25,15 @@ static struct moe4_packed_experts as_down(const moe4_weight *w) {
     return p;
 }
 
+static moe4_status cache_key(const moe4_linear *l, struct moe4_cuda_cached *cached, size_t bytes) {
+    const moe4_weight **weights = moe4_calloc(l->ctx, l->n_weights, sizeof *weights, "weights");
+    if (!weights) return MOE4_ERROR_MEMORY;
+    for (size_t i = 0; i < l->n_weights; i++) weights[i] = &l->weight[i];
+    moe4_status status = moe4_cuda_cache_key(l->ctx, cached, weights, l->n_weights, bytes);
+    moe4_free(l->ctx, weights);
+    return status;
+}
+
 static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
     const moe4_ctx *ctx = l->ctx;
     size_t bytes = 0, stage_bytes = 0;
@@ -40,6 +49,10 @@ static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
     CUDA_TRY(ctx, cudaMemset(p->packed, 0, bytes), "packed weights"); /* the padding is zeros */
     MOE4_TRY(moe4_cuda_alloc(ctx, &numbers, (l->n_weights + 1) * sizeof(float), "weight scales"));
     p->numbers = numbers;
+    struct moe4_cuda_cached cached;
+    bool found;
+    MOE4_TRY(cache_key(l, &cached, bytes));
+    MOE4_TRY(moe4_cuda_cache_read(ctx, &cached, p->packed, &found));
     struct moe4_cuda_stage stage = {.bytes = stage_bytes};
     MOE4_TRY(moe4_cuda_alloc(ctx, &data, stage_bytes, "staging of one matrix"));
     stage.data = data;
@@ -52,12 +65,12 @@ static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
         p->matrix[i].packed.down = at;
         p->matrix[i].packed.alpha_down = p->numbers + i;
         p->matrix[i].packed.scale_x = p->numbers + l->n_weights;
-        status = moe4_cuda_pack_weight(ctx, at, &l->weight[i], 0, &stage);
+        if (!found) status = moe4_cuda_pack_weight(ctx, at, &l->weight[i], 0, &stage);
         at += p->matrix[i].packed.down_bytes;
     }
     if (status == MOE4_OK) status = moe4_cuda_check(ctx, cudaStreamSynchronize(NULL), "packing");
     cudaFree(stage.data);
-    return status;
+    return status == MOE4_OK && !found ? moe4_cuda_cache_write(ctx, &cached, p->packed) : status;
 }
 
 static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
