@@ -91,7 +91,7 @@ typedef void (*moe4_run_fn)(void *user, size_t n_tasks, moe4_task_fn fn, void *a
  * weights is written to a file in it, and found again by a digest of all that went in: codes, scales, shapes and the layout's name; and
  * checked, byte for byte, by a digest of what is in it. Contexts, processes and users of other ISAs may share the folder, at once too. No
  * call fails for its sake: a file that is damaged is replaced, one that cannot be written is not, and the log hears why. Files may be
- * deleted at any time, but not written to; who can write there decides what is computed. On a device it is not used yet. */
+ * deleted at any time, but not written to; who can write there decides what is computed. A device keeps files of its own there. */
 typedef struct moe4_ctx_options {
     size_t struct_size;
     size_t n_threads;    /* 0: as many as the affinity mask and the cgroup's CPU quota allow; the calling thread counts as one. A thread
