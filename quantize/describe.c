@@ -1,10 +1,8 @@
 #include "quantize/describe.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 static bool is_compressed_tensors(const struct quantize_plan *plan) {
     return plan->options->recipe == MOE4_RECIPE_COMPRESSED_TENSORS;
@@ -115,64 +113,4 @@ moe4_status quantize_describe_index(const struct quantize_plan *plan, char **tex
     *text_ret = fine && index ? json_dumps(index, JSON_INDENT(2)) : NULL;
     json_decref(index);
     return *text_ret ? MOE4_OK : no_memory(plan, "model.safetensors.index.json");
-}
-
-/* ---- the task ---- */
-
-/* FNV-1a of a file's bytes. */
-static moe4_status hash_file(const struct quantize_plan *plan, const char *path, uint64_t *hash_ret) {
-    FILE *f = fopen(path, "rb");
-    LM_CHECK(plan->lm, f, errno == ENOENT ? MOE4_ERROR_NOT_FOUND : MOE4_ERROR_IO, "%s: %s", path, strerror(errno));
-    uint64_t hash = 0xcbf29ce484222325u;
-    unsigned char buffer[4096];
-    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;)
-        for (size_t i = 0; i < n; i++) hash = (hash ^ buffer[i]) * 0x100000001b3u;
-    bool fine = !ferror(f);
-    fclose(f);
-    LM_CHECK(plan->lm, fine, MOE4_ERROR_IO, "%s: cannot be read", path);
-    *hash_ret = hash;
-    return MOE4_OK;
-}
-
-static moe4_status input_files(const struct quantize_plan *plan, const char *in, json_t *list) {
-    const char *last = "";
-    for (size_t i = 0; i < plan->n_items; i++) {
-        const char *file = plan->items[i].in.file;
-        char path[4096];
-        struct stat st;
-        if (strcmp(file, last) == 0) continue;
-        last = file;
-        snprintf(path, sizeof path, "%s/%s", in, file);
-        LM_CHECK(plan->lm, stat(path, &st) == 0, MOE4_ERROR_IO, "%s: %s", path, strerror(errno));
-        json_array_append_new(
-            list, json_pack("[s, I, I, I]", file, (json_int_t)st.st_size, (json_int_t)st.st_mtim.tv_sec, (json_int_t)st.st_mtim.tv_nsec));
-    }
-    return MOE4_OK;
-}
-
-/* Sums may differ between ISAs, and with them calibrated scales. */
-static moe4_status calibration(const struct quantize_plan *plan, json_t **value_ret) {
-    const char *path = plan->options->calibrate;
-    uint64_t hash;
-    *value_ret = json_null();
-    if (!path) return MOE4_OK;
-    LM_TRY(plan->lm, hash_file(plan, path, &hash));
-    char text[32];
-    snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
-    *value_ret = json_pack("{s:s, s:s}", "text", text, "isa", moe4_ctx_isa(plan->lm->ctx));
-    return MOE4_OK;
-}
-
-moe4_status quantize_describe_task(const struct quantize_plan *plan, const char *in, json_t **task_ret) {
-    static const char *const recipes[] = {"modelopt", "modelopt_static", "activation", "compressed_tensors"};
-    const struct quantize_options *o = plan->options;
-    json_t *files = json_array(), *exclude = json_array(), *calibrated = NULL;
-    moe4_status status = input_files(plan, in, files);
-    for (size_t i = 0; i < o->n_exclude; i++) json_array_append_new(exclude, json_string(o->exclude[i]));
-    if (status == MOE4_OK) status = calibration(plan, &calibrated);
-    *task_ret =
-        json_pack("{s:s, s:s, s:o, s:s, s:b, s:b, s:o, s:I, s:o}", "what", "unfinished work of moe4 quantize", "version", moe4_version(),
-                  "input files", files, "recipe", recipes[o->recipe], "four-over-six", o->four_over_six, "search", o->search, "exclude",
-                  exclude, "max-shard-size", (json_int_t)o->max_shard_bytes, "calibration", calibrated ? calibrated : json_null());
-    return status != MOE4_OK ? status : *task_ret ? MOE4_OK : no_memory(plan, "journal");
 }

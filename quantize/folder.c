@@ -13,6 +13,8 @@
 
 #define TEMPORARY ".moe4-quantize.tmp" /* one file is written at a time */
 
+enum { MAX_HEADER_BYTES = 100000000 }; /* of a safetensors file, by its rules */
+
 /* Of a disk that is full the sentence says how much is free. */
 static moe4_status fail(const struct quantize_folder *f, const char *name, const char *what, int error) {
     struct statvfs disk;
@@ -120,6 +122,24 @@ moe4_status quantize_folder_read(const struct quantize_folder *folder, const cha
     close(fd);
     *data_ret = data;
     return status;
+}
+
+bool quantize_folder_header(const struct quantize_folder *folder, const char *name, void **text_ret, size_t *bytes_ret) {
+    int fd = openat(folder->fd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat st;
+    uint8_t length[8];
+    uint64_t n = 0;
+    bool there = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && pread(fd, length, 8, 0) == 8;
+    for (int i = 0; there && i < 8; i++) n |= (uint64_t)length[i] << 8 * i;
+    there = there && n && n <= MAX_HEADER_BYTES && n <= (uint64_t)st.st_size - 8;
+    *bytes_ret = there ? (size_t)n : 0;
+    *text_ret = there ? malloc(*bytes_ret) : NULL;
+    if (*text_ret && pread(fd, *text_ret, *bytes_ret, 8) != (ssize_t)n) {
+        free(*text_ret);
+        *text_ret = NULL;
+    }
+    if (fd >= 0) close(fd);
+    return *text_ret;
 }
 
 /* ---- the folder ---- */

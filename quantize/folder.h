@@ -47,6 +47,8 @@ moe4_status quantize_folder_text(const struct quantize_folder *folder, const cha
 bool quantize_folder_has(const struct quantize_folder *folder, const char *name, const void *begin, size_t n_begin, uint64_t bytes);
 /* The bytes of a file, the caller's to free; *data_ret is NULL when it is not there or is not of this size. */
 moe4_status quantize_folder_read(const struct quantize_folder *folder, const char *name, void **data_ret, size_t bytes);
+/* The text of a safetensors file's header, the caller's to free; false when there is none. */
+bool quantize_folder_header(const struct quantize_folder *folder, const char *name, void **text_ret, size_t *bytes_ret);
 /* Copies what `in` holds beside the checkpoint itself: tokenizer, licence, subfolders. */
 moe4_status quantize_folder_copy(const struct quantize_folder *folder, const char *in);
 

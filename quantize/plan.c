@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "quantize/task.h"
+
 /* ---- parts ---- */
 
 static struct quantize_part matrix(const char *suffix, moe4_dtype dtype, size_t rows, size_t cols) {
@@ -179,6 +181,7 @@ moe4_status quantize_plan_make(struct quantize_plan *plan, struct lm *lm, const 
         LM_TRY(lm, add_tensor(plan, &t, i));
     }
     LM_TRY(lm, decide_all(plan));
+    LM_TRY(lm, quantize_task_options(plan));
     return quantize_plan_shards(plan);
 }
 
@@ -187,6 +190,7 @@ void quantize_plan_free(struct quantize_plan *plan) {
     free(plan->shards);
     for (size_t i = 0; i < plan->n_items; i++) free(plan->items[i].own_name);
     free(plan->items);
+    json_decref(plan->made_with);
     quantize_files_close(plan);
     moe4_checkpoint_close(plan->ckpt);
 }

@@ -4,6 +4,8 @@
 
 #include <stdatomic.h>
 
+#include <jansson.h>
+
 #include "quantize/quantize.h"
 #include "quantize/source.h"
 
@@ -79,6 +81,7 @@ struct quantize_plan {
     size_t n_shards;
     uint64_t bytes_in, bytes_out; /* tensors' */
     float e4m3[256];              /* values of FP8 bytes */
+    json_t *made_with;            /* options as strings, for the shards' metadata (task.h) */
 };
 
 /* Opens `in` and decides everything. Errors: the library's, UNSUPPORTED (what cannot be quantized from, by name). */

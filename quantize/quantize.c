@@ -8,6 +8,7 @@
 #include "quantize/calibrate.h"
 #include "quantize/describe.h"
 #include "quantize/stream.h"
+#include "quantize/task.h"
 
 static const char config_name[] = "config.json", hf_quant_name[] = "hf_quant_config.json", index_name[] = "model.safetensors.index.json";
 
@@ -60,6 +61,7 @@ void quantize_report_free(struct quantize_report *report) {
 static moe4_status check_finished(struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t,
                                   struct quantize_report *report) {
     size_t n = strlen(t->config);
+    LM_TRY(plan->lm, quantize_task_check_shards(plan, folder));
     bool same = quantize_folder_has(folder, config_name, t->config, n, n);
     for (size_t s = 0; same && s < plan->n_shards; s++) same = quantize_shard_is_there(&plan->shards[s], folder);
     LM_CHECK(plan->lm, same, MOE4_ERROR_ARGUMENT, "%s: not empty, and not unfinished work of moe4 quantize", folder->path);
@@ -102,7 +104,7 @@ moe4_status quantize_run(struct lm *lm, struct quantize_report *report, const ch
     *report = (struct quantize_report){0};
     moe4_status status = quantize_plan_make(&plan, lm, in, options);
     if (status == MOE4_OK) status = describe(&plan, &texts);
-    if (status == MOE4_OK) status = quantize_describe_task(&plan, in, &task);
+    if (status == MOE4_OK) status = quantize_task_describe(&plan, in, &task);
     if (status == MOE4_OK) status = quantize_folder_open(&folder, lm, out, task, options->resume);
     if (status == MOE4_OK) status = make(&plan, &folder, &texts, in, report);
     if (status == MOE4_OK) status = count(&plan, report);

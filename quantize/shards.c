@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <jansson.h>
-
 #include "quantize/plan.h"
 
 static uint64_t item_bytes(const struct quantize_plan *plan, const struct quantize_item *item) {
@@ -70,7 +68,7 @@ static uint64_t place(struct quantize_plan *plan, struct quantize_shard *shard, 
 
 static moe4_status lay_out(struct quantize_plan *plan, struct quantize_shard *shard) {
     json_t *header = json_pack("{s:{s:s}}", "__metadata__", "format", "pt"); /* what transformers asks for */
-    bool fine = header;
+    bool fine = header && json_object_update(json_object_get(header, "__metadata__"), plan->made_with) == 0;
     uint64_t data_bytes = place(plan, shard, header, &fine);
     char *text = fine ? json_dumps(header, JSON_COMPACT) : NULL;
     json_decref(header);

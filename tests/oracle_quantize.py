@@ -145,7 +145,7 @@ class Oracle(CliCase):
         out = self.quantize(TINY, "mo", "--calibrate", f"{TINY}-logits.safetensors")
         bundled = {k.split(".")[-1]: t for k, t in load(MODEL).items() if ".mlp.experts.3.up_proj." in k and ".layers.1." in k}
         with safetensors.safe_open(out / "model.safetensors", "pt") as file:
-            self.assertEqual(file.metadata(), {"format": "pt"})
+            self.assertEqual((file.metadata()["format"], file.metadata()["recipe"]), ("pt", "modelopt"))
             ours = {k.split(".")[-1]: file.get_tensor(k) for k in file.keys() if "layers.1.mlp.experts.3.up_proj" in k}
         self.assertEqual({k: (t.dtype, t.ndim) for k, t in ours.items()}, {k: (t.dtype, t.ndim) for k, t in bundled.items()})
 

@@ -101,7 +101,7 @@ class Quantize(CliCase):
         for name, args in (("plain", []), ("46", ["--four-over-six"]), ("search", ["--search"])):
             path = self.quantize(model, name, *args) / "model.safetensors"
             out = raw_tensors(path)[0]
-            size.add(path.stat().st_size)
+            size.add(sum(len(t[2]) for t in out.values()))
             error[name] = sum(sum((a - b) ** 2 for a, b in zip(decoded(out, m), source[f"{m}.weight"][2])) for m in modules[:3])
             if name == "plain":
                 amax = max(abs(x) for m in modules if "8.gate" in m or "8.up" in m for x in source[f"{m}.weight"][2])
@@ -160,7 +160,7 @@ class Quantize(CliCase):
         self.assertEqual(sorted(contents(out)), ["assets/readme", "config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"])
         made, metadata = raw_tensors(out / "model.safetensors")
         source, _ = raw_tensors(model.folder / "model.safetensors")
-        self.assertEqual(metadata, {"format": "pt"})
+        self.assertEqual(metadata, {"format": "pt", "recipe": "modelopt", "four-over-six": "no", "search": "no", "calibration": "none"})
         self.assertEqual({*tensors.read(out / "model.safetensors")}, {*made})  # which asks for places aligned to their elements
         kept = ["lm_head.weight", "a.odd.number", "model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.gate.weight"]
         for name in kept:
@@ -345,11 +345,45 @@ class Quantize(CliCase):
         before = contents(out)
         self.error("quantize", model, out, status=BAD_USAGE, says=["not empty"])
         self.moe4("quantize", model, out, "--resume")  # it is what this task ends with
-        self.error("quantize", model, out, "--resume", "--recipe", "compressed_tensors", status=BAD_USAGE, says=["not empty"])
+        self.error("quantize", model, out, "--resume", "--exclude", "*.up_proj", status=BAD_USAGE, says=["not empty"])
         self.error("quantize", model, model, "--resume", status=BAD_USAGE, says=["not empty"])
         self.assertEqual(contents(out), before)
         (out / "config.json").write_bytes(before["config.json"] + b" ")
         self.error("quantize", model, out, "--resume", status=BAD_USAGE, says=["not empty"])
+
+    def test_finished_with_other_options(self):
+        """Folders whose names, shapes and config.json are the same, and whose bytes are not: --resume does not call them done."""
+        other = self.folder / "other"
+        ids = next(v for d, s, v in tensors.read(pathlib.Path(TINY_IDS)).values() if d in ("I32", "I64"))
+        other.write_bytes(tensors.pack("I32", ids[:9]))
+        options = {
+            "plain": [], "46": ["--four-over-six"], "search": ["--search"], "static": ["--recipe", "modelopt_static"],
+            "text": ["--calibrate", TINY_IDS], "other": ["--calibrate", other],
+        }  # fmt: skip
+        for args in options.values():
+            args += ["--max-shard-size", "20K"]
+        for made, asked, says in (("plain", "46", "another four-over-six: no, now yes"), ("46", "plain", "another four-over-six: yes, now no"),
+                                  ("plain", "search", "another search: no, now yes"), ("search", "plain", "another search: yes, now no"),
+                                  ("plain", "static", "another recipe: modelopt, now modelopt_static"), ("text", "other", "another calibration: text "),
+                                  ("text", "plain", ", now none")):  # fmt: skip
+            out = self.folder / made
+            if not out.exists():
+                self.quantize(TINY, made, *options[made])
+            shards = sorted(p.name for p in out.glob("model-*"))
+            self.assertGreater(len(shards), 1)
+            before, times = contents(out), {p: p.stat().st_mtime_ns for p in (out, *out.iterdir())}
+            self.error("quantize", TINY, out, "--resume", *options[asked], status=BAD_USAGE, says=[f"{out}/{shards[0]}: finished, with", says])
+            self.assertEqual(contents(out), before)
+            self.assertEqual({p: p.stat().st_mtime_ns for p in (out, *out.iterdir())}, times)
+            said = self.json("quantize", TINY, out, "--resume", *options[made])
+            self.assertEqual(said["shards_kept"], len(shards))
+            self.assertEqual(contents(out), before)
+        digests = {raw_tensors(next((self.folder / "text").glob("model-*")))[1]["calibration"]}
+        self.quantize(TINY, "again", *options["text"])
+        digests.add(raw_tensors(next((self.folder / "again").glob("model-*")))[1]["calibration"])
+        self.assertEqual(len(digests), 1)
+        shutil.copy(next((self.folder / "46").glob("model-00002-*")), self.folder / "plain")  # one shard of another run
+        self.error("quantize", TINY, self.folder / "plain", "--resume", *options["plain"], status=BAD_USAGE, says=["model-00002-of", "another four-over-six: yes, now no"])
 
     def test_unfinished_work_of_another_task(self):
         model, out = self.tiny(), self.folder / "out"
@@ -357,7 +391,7 @@ class Quantize(CliCase):
         tensors.write(model.folder / "model.safetensors", model.tensors)
         self.error("quantize", model.folder, out, status=BAD_DATA, says="infinite")
         self.error("quantize", model.folder, out, status=BAD_USAGE, says=["unfinished work", "--resume"])
-        self.error("quantize", model.folder, out, "--resume", "--four-over-six", status=BAD_USAGE, says=["another four-over-six", "false", "true"])
+        self.error("quantize", model.folder, out, "--resume", "--four-over-six", status=BAD_USAGE, says=["another four-over-six", "no", "yes"])
         tensors.write(model.folder / "model.safetensors", model.tensors)  # another time of change
         self.error("quantize", model.folder, out, "--resume", status=BAD_USAGE, says=["another input files"])
 
