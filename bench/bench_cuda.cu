@@ -104,12 +104,40 @@ static moe4_packed_experts make_layer(const layer_shape &s) {
     return w;
 }
 
+enum routing { UNIFORM, HOT, ZIPF }; /* HOT: every token picks expert 0; ZIPF: expert e by 1 / (e + 1) */
+
 struct variant {
     const char *name;
     bool portable, fused;
     int columns;
-    int stages; /* bits: 1 prepare, 2 products, 4 combine */
+    int stages;       /* bits: 1 prepare, 2 products, 4 combine; instead of 2: 8 gate/up, 16 down, 32 rounding h */
+    int prefill_from; /* slots from which experts take the prefill kernel */
+    int prefill_columns;
+    routing slots_by;
 };
+
+/* The products of a run that may have both kinds of experts. */
+static void mixed(const moe4_layer_run &r, int sms, int stages, cudaStream_t stream) {
+    bool decode = stages & 2 && r.prefill_from > 1, split = r.act != MOE4_ACT_W4A16;
+    if (decode) CUDA(moe4_cuda_decode_sm90(&r, 3, sms, stream));
+    if (stages & (1 | 2)) CUDA(moe4_cuda_prefill_gather(&r, r.w.hidden_units, stream));
+    if (stages & 2 && !split) {
+        CUDA(moe4_cuda_prefill_sm90(&r, 3, sms, stream));
+        return;
+    }
+    if (stages & (2 | 8)) CUDA(moe4_cuda_prefill_sm90(&r, 1, sms, stream));
+    if (stages & (2 | 32)) CUDA(moe4_cuda_prefill_quantize_h(&r, stream));
+    if (stages & (2 | 16)) CUDA(moe4_cuda_prefill_sm90(&r, 2, sms, stream));
+}
+
+static int pick(int n, routing by) {
+    if (by != ZIPF) return (int)(rnd() % (uint32_t)n);
+    double sum = 0, at = rnd() / 2147483648.;
+    for (int e = 0; e < n; e++) sum += 1. / (e + 1);
+    int e = 0;
+    while (e < n - 1 && (at -= 1. / (e + 1) / sum) > 0) e++;
+    return e;
+}
 
 static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe4_act act, const variant &v, double bandwidth, int sms) {
     moe4_layer_run r = {};
@@ -119,6 +147,8 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     r.n_tokens = T;
     r.top_k = s.k;
     r.tile_columns = v.columns;
+    r.prefill_from = v.prefill_from;
+    r.prefill_columns = v.prefill_columns;
     r.x_dtype = MOE4_BF16;
     r.x_in_ld = (size_t)s.hidden;
     carve_run(&r);
@@ -133,12 +163,12 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
         std::vector<int32_t> id;
         std::vector<bool> used(s.n);
         for (int t = 0; t < T; t++) {
-            std::vector<int> perm(s.n);
-            for (int i = 0; i < s.n; i++) perm[i] = i;
+            std::vector<bool> mine(s.n);
             for (int k = 0; k < s.k; k++) {
-                std::swap(perm[k], perm[k + rnd() % (s.n - k)]);
-                id.push_back(perm[k]);
-                used[perm[k]] = true;
+                int e = v.slots_by == HOT && k == 0 ? 0 : pick(s.n, v.slots_by);
+                while (mine[e]) e = pick(s.n, v.slots_by);
+                id.push_back(e);
+                used[e] = mine[e] = true;
             }
         }
         hit += std::count(used.begin(), used.end(), true) / (double)N_CALLS;
@@ -155,7 +185,9 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
         r.ids = ids[c];
         r.x_in = x[c];
         if (stages & 1) CUDA(moe4_cuda_prepare(&r, stream));
-        if (stages & 2) {
+        if (v.prefill_from) {
+            mixed(r, sms, stages, stream);
+        } else if (stages & 2) {
             if (v.portable) {
                 CUDA(moe4_cuda_gate_up(&r, stream));
                 CUDA(moe4_cuda_quantize_h(&r, stream));
@@ -170,30 +202,43 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
         }
         if (stages & 4) CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, stream));
     };
+    size_t n_y = (size_t)T * s.hidden;
+    float *y32 = poisoned<float>(n_y);
+    auto result = [&](void) {
+        std::vector<float> host(n_y);
+        CUDA(moe4_cuda_combine(&r, y32, MOE4_F32, (size_t)s.hidden, weights, NULL, stream));
+        CUDA(cudaStreamSynchronize(stream));
+        CUDA(cudaMemcpy(host.data(), y32, n_y * 4, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemset(y32, 0xFF, n_y * 4));
+        return host;
+    };
+    CUDA(cudaMemset(y32, 0xFF, n_y * 4));
     one(0, 7);
-    CUDA(cudaStreamSynchronize(stream));
-    std::vector<uint16_t> want((size_t)T * s.hidden), got(want.size()); /* the portable kernels give the same bits */
-    CUDA(cudaMemcpy(got.data(), y, got.size() * 2, cudaMemcpyDeviceToHost));
-    CUDA(cudaMemset(y, 0xFF, got.size() * 2));
+    std::vector<float> got = result();
+    r.prefill_from = 0;
     CUDA(moe4_cuda_prepare(&r, stream));
     CUDA(moe4_cuda_gate_up(&r, stream));
     CUDA(moe4_cuda_quantize_h(&r, stream));
     CUDA(moe4_cuda_down(&r, stream));
-    CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, stream));
-    CUDA(cudaStreamSynchronize(stream));
-    CUDA(cudaMemcpy(want.data(), y, want.size() * 2, cudaMemcpyDeviceToHost));
-    if (want != got) {
-        printf("bench_cuda: %s T %d %s: wrong results\n", s.name, T, v.name);
-        exit(1);
+    std::vector<float> want = result();
+    r.prefill_from = v.prefill_from;
+    double num = 0, den = 0;
+    for (size_t i = 0; i < n_y; i++) num += ((double)got[i] - want[i]) * ((double)got[i] - want[i]), den += (double)want[i] * want[i];
+    double error = sqrt(num / den); /* of prefill, whose sums have another order; the other kernels give the portable ones' bits */
+    if (!(den > 0) || !(error <= (v.prefill_from ? 1e-3 : 0))) {
+        printf("bench_cuda: %s T %d %s: wrong results, %.2e\n", s.name, T, v.name, error);
+        if (!getenv("MOE4_BENCH_GO_ON")) exit(1);
     }
+    CUDA(cudaFree(y32));
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     for (int c = 0; c < N_CALLS; c++) one(c, v.stages);
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
     float us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / N_CALLS;
     double floor_us = hit * (double)(w.gate_up_bytes + w.down_bytes) / bandwidth * 1e6;
-    printf("| %s | %d | %s | %s | %.1f | %.1f | %.1f | %.3f |\n", s.name, T, act == MOE4_ACT_W4A16 ? "w4a16" : "token", v.name, hit,
-           floor_us, us, floor_us / us);
+    double flops = 6.0 * s.hidden * s.intermediate * T * s.k;
+    printf("| %s | %d | %s | %s | %.1f | %.1f | %.1f | %.3f | %.0f | %.1e |\n", s.name, T, act == MOE4_ACT_W4A16 ? "w4a16" : "token",
+           v.name, hit, floor_us, us, floor_us / us, flops / us * 1e-6, error);
     fflush(stdout);
     CUDA(cudaGraphExecDestroy(exec));
     CUDA(cudaGraphDestroy(graph));
@@ -216,7 +261,8 @@ int main(int argc, char **argv) {
     double bandwidth = read_bandwidth();
     printf("%s, %d SMs, read bandwidth %.3f TB/s\n", device.name, sms, bandwidth * 1e-12);
     const layer_shape shapes[] = {{"W1", 7168, 3072, 48, 6}, {"W2", 4096, 2048, 32, 6}, {"small", 256, 128, 32, 6}};
-    printf("| shape | T | act | kernel | experts | floor us | us | floor/us |\n|---|---|---|---|---|---|---|---|\n");
+    printf(
+        "| shape | T | act | kernel | experts | floor us | us | floor/us | TFLOP/s | error |\n|---|---|---|---|---|---|---|---|---|---|\n");
     for (const layer_shape &s : shapes) {
         bool w1 = s.n == 48;
         if (*only_shape && strcmp(only_shape, s.name)) continue;
@@ -240,8 +286,23 @@ int main(int argc, char **argv) {
                 }
             }
         }
-        for (int T : {256}) {
-            go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
+        for (int T : {128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
+            int slots = T * s.k / s.n, columns = slots <= 52 ? 64 : slots <= 68 ? 80 : slots <= 150 ? 160 : 256;
+            go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, slots < 20 ? 65 : 17, columns});
+            go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, slots < 20 ? 65 : 17, columns});
+            if (T == 256 || T == 1024) {
+                go(T, MOE4_ACT_W4A16, {"mixed, hot", false, true, 24, 7, 17, columns, HOT});
+                go(T, MOE4_ACT_W4A16, {"mixed, zipf", false, true, 24, 7, 17, columns, ZIPF});
+            }
+            if (T <= 1024) go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
+            static const struct {
+                int columns;
+                const char *name;
+            } widths[] = {{64, "prefill 64"}, {80, "prefill 80"}, {160, "prefill 160"}, {256, "prefill 256"}};
+            for (auto &width : widths)
+                if (T < 1024 || width.columns > 80) go(T, MOE4_ACT_W4A16, {width.name, false, true, 24, 7, 1, width.columns});
+            go(T, MOE4_ACT_W4A16, {"prepare", false, true, 24, 1, 1, 256});
+            go(T, MOE4_ACT_W4A16, {"combine", false, true, 24, 4, 1, 256});
         }
         CUDA(cudaFree((void *)w.gate_up));
         CUDA(cudaFree((void *)w.down));

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "../src/cuda/nvfp4.cuh"
 #include "cuda_run.cuh"
 
@@ -104,7 +106,7 @@ static matrix random_matrix(int rows, int cols, bool every_scale) {
 struct shape_case {
     const char *name;
     int hidden, intermediate, n, T, k;
-    int routing; /* 0 random; 1 everything to expert 0; 2 with -1 and foreign ids; 3 i64 */
+    int routing; /* 0 random; 1 everything to expert 0; 2 with -1 and foreign ids; 3 i64; 4 expert e gets edge_slots[e] */
     bool every_scale;
 };
 
@@ -168,7 +170,24 @@ struct outputs {
     moe4_run_state state;
 };
 
-/* The whole layer by one of the two implementations. */
+template <class T> static bool same(const std::vector<T> &a, const std::vector<T> &b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+/* Rows of the prefill kernel's tiles, back from their layout (prefill.cuh) into `rows`, by sorted slot. */
+static void untile(std::vector<__nv_bfloat16> *rows, const std::vector<__nv_bfloat16> &tiles, const std::vector<moe4_tile> &list,
+                   int n_tiles, size_t width) {
+    for (int t = 0; t < n_tiles; t++) {
+        size_t nt = (size_t)(list[t].n + 15) / 16 * 16, base = (size_t)(list[t].first + 15 * t + 15) / 16 * 16 * width;
+        for (size_t c = 0; c < (size_t)list[t].n; c++)
+            for (size_t k = 0; k < width; k++) {
+                size_t pair = k % 64 / 2, chunk = pair % 8, byte = pair / 8 * 4 + k % 2 * 2;
+                (*rows)[(list[t].first + c) * width + k] = tiles[base + k / 64 * nt * 64 + c * 64 + (chunk ^ c % 8) * 8 + byte / 2];
+            }
+    }
+}
+
+/* The whole layer by one of the implementations: portable, sm_90, or with experts from r.prefill_from slots on by the prefill kernel. */
 static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     carve_run(&r);
     size_t slots = (size_t)r.n_tokens * r.top_k, hk = (size_t)r.w.hidden_units * 64, ik = (size_t)r.w.intermediate_units * 64;
@@ -177,7 +196,21 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     CUDA(moe4_cuda_prepare(&r, 0));
     int sms;
     CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    if (sm90 && r.act != MOE4_ACT_TENSOR) {
+    if (r.prefill_from && r.act == MOE4_ACT_W4A16) {
+        CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
+        CUDA(moe4_cuda_prefill_gather(&r, r.w.hidden_units, 0));
+        CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
+    } else if (r.prefill_from) {
+        bool tensor = r.act == MOE4_ACT_TENSOR;
+        CUDA(moe4_cuda_decode_sm90(&r, tensor ? MOE4_PHASE_GATE_UP : MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
+        CUDA(moe4_cuda_prefill_gather(&r, r.w.hidden_units, 0));
+        CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP, sms, 0));
+        CUDA(moe4_cuda_prefill_h_amax(&r, 0));
+        if (tensor) CUDA(moe4_cuda_quantize_h(&r, 0));
+        CUDA(moe4_cuda_prefill_quantize_h(&r, 0));
+        if (tensor) CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, sms, 0));
+        CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, sms, 0));
+    } else if (sm90 && r.act != MOE4_ACT_TENSOR) {
         CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
     } else if (sm90) {
         CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP, sms, 0));
@@ -201,13 +234,22 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     if (r.h_factor) out.h_factor = to_host(r.h_factor, slots);
     out.slots = to_host(r.slots, slots);
     out.expert_slots = to_host(r.expert_slots, r.w.n);
+    if (r.prefill_from) {
+        auto list = to_host(r.prefill_tiles, r.max_prefill_tiles);
+        size_t rows = moe4_prefill_rows(slots, r.max_prefill_tiles);
+        std::vector<__nv_bfloat16> x(slots * hk), want(slots * hk);
+        untile(&x, to_host(r.x_tiles, rows * hk), list, out.state.n_prefill_tiles, hk);
+        untile(&out.h, to_host(r.h_tiles, rows * ik), list, out.state.n_prefill_tiles, ik);
+        for (int t = 0; t < out.state.n_prefill_tiles; t++)
+            for (int i = list[t].first; i < list[t].first + list[t].n; i++) {
+                size_t row = r.act == MOE4_ACT_STATIC ? out.slots[i] : out.slots[i] / r.top_k;
+                std::copy_n(&out.x[row * hk], hk, &want[i * hk]);
+            }
+        check(same(x, want), "gather", "rows of x that differ", 0, 0);
+    }
     CUDA(cudaFree(y));
     free_run(&r);
     return out;
-}
-
-template <class T> static bool same(const std::vector<T> &a, const std::vector<T> &b) {
-    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
 /* Rows of rounded activations against the contract. */
@@ -301,13 +343,47 @@ static void compare(const shape_case &c, const moe4_layer_run &r, const host_lay
     check(worst_h <= 1, c.name, "h, error over bound", worst_h, 1);
     check(worst_o <= 1, c.name, "o, error over bound", worst_o, 1);
     check(worst_y <= 1, c.name, "y", worst_y, 1);
-    if (r.tile_columns == 8)
-        printf("%-22s %-6s columns %2d: h %.2f o %.2f of the bound; %d slots, %d tiles\n", c.name,
+    if (r.tile_columns == 8 || r.prefill_from)
+        printf("%-22s %-6s columns %2d: h %.2f o %.2f of the bound; %d slots, %d tiles, %d of prefill\n", c.name,
                r.act == MOE4_ACT_W4A16    ? "w4a16"
                : r.act == MOE4_ACT_STATIC ? "static"
                : r.act == MOE4_ACT_TENSOR ? "tensor"
                                           : "token",
-               r.tile_columns, worst_h, worst_o, got.state.n_slots, got.state.n_tiles);
+               r.tile_columns, worst_h, worst_o, got.state.n_slots, got.state.n_tiles, r.prefill_from ? got.state.n_prefill_tiles : 0);
+}
+
+/* Slots per expert around the widths of tiles. */
+static const int edge_slots[] = {1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257, 1000};
+enum { N_EDGES = sizeof edge_slots / sizeof *edge_slots, EDGE_TOKENS = 2777 };
+
+static int edge_expert(int token) {
+    int e = 0;
+    while (token >= edge_slots[e]) token -= edge_slots[e++];
+    return e;
+}
+
+/* Experts with many slots by the prefill kernel, the others by decode: against fp64, twice the same bits, and the first half of the
+ * tokens alone (in mode tensor it has other scales; elsewhere every expert's sums keep their order where all take one kernel). */
+static void prefill_checks(const shape_case &c, moe4_layer_run r, const host_layer &l, const std::vector<float> &x,
+                           const std::vector<int> &local, const std::vector<float> &weights, const float *d_weights) {
+    for (int i = 0; i < 8; i++) {
+        static const int widths[] = {64, 80, 160, 256};
+        int columns = widths[i / 2], from = i % 2 ? 20 : 1;
+        r.prefill_from = from;
+        r.prefill_columns = columns;
+        outputs a = forward(r, true, d_weights), b = forward(r, true, d_weights);
+        compare(c, r, l, a, x, local, weights);
+        check(same(a.y, b.y), c.name, "y of prefill, repeated", from, 0);
+        int tiles = 0;
+        for (int e = 0; e < c.n; e++)
+            if (a.expert_slots[e] >= from) tiles += (a.expert_slots[e] + r.prefill_columns - 1) / r.prefill_columns;
+        check(a.state.n_prefill_tiles == tiles, c.name, "prefill tiles", a.state.n_prefill_tiles, tiles);
+        if (from > 1 || r.act == MOE4_ACT_TENSOR || c.T < 2) continue;
+        moe4_layer_run half = r;
+        half.n_tokens = c.T / 2;
+        outputs h = forward(half, true, d_weights);
+        check(memcmp(h.y.data(), a.y.data(), h.y.size() * sizeof(float)) == 0, c.name, "y of half the batch", from, 0);
+    }
 }
 
 static void run_case(const shape_case &c, bool sm90) {
@@ -323,7 +399,7 @@ static void run_case(const shape_case &c, bool sm90) {
     std::vector<int64_t> ids64;
     for (int t = 0; t < c.T; t++)
         for (int k = 0; k < c.k; k++) {
-            int e = c.routing == 1 ? 0 : (int)((rnd() + k) % c.n);
+            int e = c.routing == 1 ? 0 : c.routing == 4 ? edge_expert(t) : (int)((rnd() + k) % c.n);
             int64_t id = 3 + e;
             if (c.routing >= 2 && rnd() % 4 == 0) id = rnd() % 2 ? -1 : rnd() % 2 ? 3 + c.n : 2;
             if (c.routing == 3 && rnd() % 8 == 0) id = rnd() % 2 ? INT64_MIN : (1ll << 32) + 3;
@@ -357,6 +433,7 @@ static void run_case(const shape_case &c, bool sm90) {
                 size_t n = (size_t)a.state.n_slots * r.w.intermediate_units * 64;
                 check(memcmp(a.h.data(), b.h.data(), n * 2) == 0, c.name, "h of sm_90 against portable", again, columns);
             }
+            if (sm90 && columns == 16) prefill_checks(c, r, l, x, local, weights, d_weights);
         }
 }
 
@@ -383,6 +460,7 @@ int main(int argc, char **argv) {
         {"25 slots an expert", 1168, 80, 2, 25, 1, 1, false},
         {"17 slots an expert", 1104, 1088, 2, 17, 1, 1, false},
         {"512 experts", 64, 48, 512, 130, 8, 0, false},
+        {"edges of tiles", 272, 144, N_EDGES, EDGE_TOKENS, 1, 4, false},
     };
     static const int slots[] = {1, 7, 8, 9, 15, 16, 23}; /* of the one expert that is hit; the cases above have 17, 24 and 25 */
     for (int n : slots) run_case({"slots per expert", 80, 48, 3, n, 1, 1, false}, sm90);

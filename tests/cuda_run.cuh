@@ -82,11 +82,20 @@ static void carve_run(moe4_layer_run *r) {
     r->h_saturated = poisoned<int>(slots);
     r->done = poisoned<int>(r->max_tiles);
     r->ready = poisoned<int>(r->max_tiles);
+    if (r->prefill_from) {
+        r->max_prefill_tiles = (int)(slots / r->prefill_columns + (slots < (size_t)r->w.n ? slots : r->w.n));
+        r->prefill_tiles = poisoned<moe4_tile>(r->max_prefill_tiles);
+        r->prefill_done = poisoned<int>(r->max_prefill_tiles);
+        r->x_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * hk);
+        r->h_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * ik);
+    }
     r->o = poisoned<float>(slots * r->w.hidden);
 }
 static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,  r->tiles,  r->slots, r->expert_slots, r->x,           r->x_factor, r->x_saturated, r->x_bad, r->x_amax,
-                   r->h_wide, r->h_amax, r->h,     r->h_factor,     r->h_saturated, r->done,     r->ready,       r->o};
+    void *all[] = {r->state,        r->tiles,       r->slots,  r->expert_slots, r->x,      r->x_factor,
+                   r->x_saturated,  r->x_bad,       r->x_amax, r->h_wide,       r->h_amax, r->h,
+                   r->h_factor,     r->h_saturated, r->done,   r->ready,        r->o,      r->prefill_tiles,
+                   r->prefill_done, r->x_tiles,     r->h_tiles};
     for (void *p : all) CUDA(cudaFree(p));
 }
 

@@ -312,7 +312,7 @@ typedef void (*decode_fn)(moe4_layer_run, int, bool);
 template <int NT> static cudaError_t launch(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
     using S = shape<NT>;
     decode_fn kernel = decode_kernel<NT>;
-    bool early = run->slots_are == MOE4_SLOTS_BY_ID && run->w.n * (int)sizeof(int) <= S::partial_bytes &&
+    bool early = run->slots_are == MOE4_SLOTS_BY_ID && !run->prefill_from && run->w.n * (int)sizeof(int) <= S::partial_bytes &&
                  (long long)run->n_tokens * run->top_k <= 4 * THREADS;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
     if (error != cudaSuccess) return error;

@@ -53,6 +53,7 @@ struct moe4_run_state {
     int ticket;   /* next work item of the persistent kernel */
     int by_rows;  /* a call with rows that stand with their experts, n_tokens of them, */
     int n_summed; /* into so many tokens */
+    int n_prefill_tiles, prefill_ticket;
 };
 
 /* Matrices of n experts, packed (nvfp4.cuh has the layout): alpha = global scale * MOE4_DECODE_FACTOR. Unquantized ones, when the run's
@@ -80,7 +81,9 @@ struct moe4_layer_run {
     moe4_activation activation;
     float alpha, beta, limit; /* its parameters; no limit: 0 */
     int n_tokens, top_k;
-    int tile_columns; /* 8, 16, 24 or 32 */
+    int tile_columns;    /* 8, 16, 24 or 32 */
+    int prefill_from;    /* slots from which an expert's products are the prefill kernel's; 0: never */
+    int prefill_columns; /* 64, 80, 160 or 256: of its tiles */
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */
@@ -123,6 +126,12 @@ struct moe4_layer_run {
     int *done;         /* [max_tiles] gate/up items that have finished */
     int *ready;        /* [max_tiles] 1: the rows of h may be read */
     float *o;          /* [n_tokens * top_k, hidden] by slot: the experts' outputs */
+
+    /* where experts may take the prefill kernel */
+    struct moe4_tile *prefill_tiles; /* [max_prefill_tiles]; the other list has the other experts' */
+    int max_prefill_tiles;
+    int *prefill_done;            /* [max_prefill_tiles] gate/up items that have finished */
+    moe4_bf16 *x_tiles, *h_tiles; /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
 };
 
 /* h_wide is full of marks after `prepare`. */
@@ -135,6 +144,11 @@ static inline MOE4_ON_DEVICE int moe4_cuda_marks_h(const struct moe4_layer_run *
 static inline int moe4_cuda_has_options(const struct moe4_layer_run *run) {
     return run->w.bias_gate || run->w.bias_up || run->activation == MOE4_RELU2 || run->h_is_weighted ||
            (run->act_h != MOE4_ACT_DEFAULT && run->act_h != run->act);
+}
+
+/* Columns that all tiles of a run may need, their padding included. */
+static inline size_t moe4_prefill_rows(size_t n_slots, size_t n_tiles) {
+    return n_slots + 15 * n_tiles + 16;
 }
 
 #ifdef __cplusplus
@@ -167,6 +181,13 @@ cudaError_t moe4_cuda_down_wide(const struct moe4_layer_run *run, cudaStream_t s
 /* The same on sm_90: gate/up, SwiGLU, the rounding of h and down in one persistent kernel (phases 3), or one of both (1, 2). */
 enum { MOE4_PHASE_GATE_UP = 1, MOE4_PHASE_DOWN = 2 };
 cudaError_t moe4_cuda_decode_sm90(const struct moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream);
+
+/* The same for the tiles of prefill_tiles. NVFP4 modes: gate/up leaves h_wide alone, and the rounding is a step of its own. */
+/* x_tiles from x, whose rows have `units` units of 64 k. */
+cudaError_t moe4_cuda_prefill_gather(const struct moe4_layer_run *run, int units, cudaStream_t stream);
+cudaError_t moe4_cuda_prefill_sm90(const struct moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream);
+cudaError_t moe4_cuda_prefill_h_amax(const struct moe4_layer_run *run, cudaStream_t stream); /* TENSOR: before moe4_cuda_quantize_h */
+cudaError_t moe4_cuda_prefill_quantize_h(const struct moe4_layer_run *run, cudaStream_t stream);
 
 /* y[T, hidden] = the sum over a token's slots of weight * o, in slot order, then `shared` [T, hidden] (or NULL); one rounding. */
 cudaError_t moe4_cuda_combine(const struct moe4_layer_run *run, void *y, moe4_dtype y_dtype, size_t y_ld, const float *weights,

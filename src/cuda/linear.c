@@ -173,8 +173,13 @@ static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_lay
     r.w = p->matrix[i].packed;
     r.w.bias_down = p->matrix[i].bias;
     r.o = is_narrowed(l, i) ? o : c->y[i];
-    cudaError_t error =
-        moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream) : moe4_cuda_down(&r, c->stream);
+    cudaError_t error;
+    if (r.prefill_from) /* its one expert has all tokens */
+        error = moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream);
+    else if (moe4_cuda_uses_sm90(device))
+        error = moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream);
+    else
+        error = moe4_cuda_down(&r, c->stream);
     if (error != cudaSuccess || !is_narrowed(l, i)) return error;
     if (!r.w.bias_down) return moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
     const struct moe4_combine rows = {.run = &r, .y = c->y[i], .y_dtype = l->o.y_dtype, .y_ld = l->weight[i].rows};
@@ -188,7 +193,8 @@ static cudaError_t round_x(const struct moe4_linear_call *c, const struct moe4_l
     rounds.w.hidden_units = r->w.intermediate_units;
     if (!moe4_cuda_rounds_apart(r)) {
         rounds.x_in = c->x;
-        return moe4_cuda_prepare(&rounds, c->stream);
+        cudaError_t error = moe4_cuda_prepare(&rounds, c->stream);
+        return error == cudaSuccess && r->prefill_from ? moe4_cuda_prefill_gather(&rounds, rounds.w.hidden_units, c->stream) : error;
     }
     struct moe4_layer_run slots = rounds;
     slots.x_is_ready = 1;

@@ -142,24 +142,36 @@ static struct moe4_layer_run from_h(const struct moe4_layer_run *run) {
     return r;
 }
 
+/* On sm_90 decode goes on to down where it can, and so does prefill where h needs no rounding. */
 static cudaError_t gate_up(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
     if (run->act == MOE4_ACT_BF16) return moe4_cuda_gate_up_wide(run, stream);
     if (!moe4_cuda_uses_sm90(device) || moe4_cuda_has_options(run)) return moe4_cuda_gate_up(run, stream);
-    int phases = run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
-    return moe4_cuda_decode_sm90(run, phases, device->n_sms, stream);
+    int both = MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
+    cudaError_t error = moe4_cuda_decode_sm90(run, run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : both, device->n_sms, stream);
+    if (error != cudaSuccess || !run->prefill_from) return error;
+    error = moe4_cuda_prefill_gather(run, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
+    if (error != cudaSuccess) return error;
+    return moe4_cuda_prefill_sm90(run, run->act == MOE4_ACT_W4A16 ? both : MOE4_PHASE_GATE_UP, device->n_sms, stream);
 }
 
 static cudaError_t quantize_h(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
-    if (is_fused(run, device) || run->act_h == MOE4_ACT_BF16) return cudaSuccess;
-    struct moe4_layer_run r = from_h(run);
-    return moe4_cuda_quantize_h(&r, stream);
+    cudaError_t error = cudaSuccess;
+    if (run->prefill_from) error = moe4_cuda_prefill_h_amax(run, stream);
+    if (error == cudaSuccess && !is_fused(run, device) && run->act_h != MOE4_ACT_BF16) {
+        struct moe4_layer_run r = from_h(run);
+        error = moe4_cuda_quantize_h(&r, stream);
+    }
+    return error == cudaSuccess && run->prefill_from ? moe4_cuda_prefill_quantize_h(run, stream) : error;
 }
 
 static cudaError_t down(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
-    if (is_fused(run, device)) return cudaSuccess;
+    cudaError_t error = cudaSuccess;
     if (run->act_h == MOE4_ACT_BF16) return moe4_cuda_down_wide(run, stream);
     struct moe4_layer_run r = from_h(run);
-    return moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, stream) : moe4_cuda_down(&r, stream);
+    if (!moe4_cuda_uses_sm90(device)) return moe4_cuda_down(&r, stream);
+    if (!is_fused(run, device)) error = moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, stream);
+    if (error != cudaSuccess || !run->prefill_from || run->act == MOE4_ACT_W4A16) return error;
+    return moe4_cuda_prefill_sm90(run, MOE4_PHASE_DOWN, device->n_sms, stream);
 }
 
 moe4_status moe4_cuda_dispatch(const struct moe4_moe_call *c) {

@@ -38,10 +38,10 @@ static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
     return make_int2(before.x + s.x - v.x, before.y + s.y - v.y);
 }
 
-static __device__ void write_tiles(const moe4_layer_run &run, int expert, int first, int n, int head, int n_tiles) {
+static __device__ void write_tiles(moe4_tile *tiles, int expert, int first, int n, int head, int n_tiles) {
     for (int i = 0; i < n_tiles; i++) { /* an even split: n/n_tiles each, the first n%n_tiles one more */
         int base = n / n_tiles, rest = n % n_tiles;
-        run.tiles[head + i] = {expert, first + i * base + min(i, rest), base + (i < rest), head, n_tiles};
+        tiles[head + i] = {expert, first + i * base + min(i, rest), base + (i < rest), head, n_tiles};
     }
 }
 
@@ -62,22 +62,29 @@ static __device__ int3 sort_many(const moe4_layer_run &run) {
     __syncthreads();
 
     int2 base = {0, 0}; /* slots and tiles before this round of experts */
-    int hit = 0;
+    int hit = 0, prefill_base = 0;
     for (int e0 = 0; e0 < n_experts; e0 += THREADS) {
         int e = e0 + threadIdx.x, sum = 0;
         if (e < n_experts)
             for (int w = 0; w < WARPS; w++) sum += counts[w * n_experts + e];
-        int2 mine = {sum, (sum + run.tile_columns - 1) / run.tile_columns}, total;
+        bool prefill = run.prefill_from && sum >= run.prefill_from;
+        int2 mine = {sum, prefill ? 0 : (sum + run.tile_columns - 1) / run.tile_columns}, total;
         int2 at = scan_block(mine, &total, scratch);
         if (e < n_experts) {
             run.expert_slots[e] = sum;
             int place = base.x + at.x;
-            if (sum) write_tiles(run, e, place, sum, base.y + at.y, mine.y);
+            if (mine.y) write_tiles(run.tiles, e, place, sum, base.y + at.y, mine.y);
             for (int w = 0; w < WARPS; w++) {
                 int c = counts[w * n_experts + e];
                 counts[w * n_experts + e] = place;
                 place += c;
             }
+        }
+        if (run.prefill_from) {
+            int2 columns = {0, prefill ? (sum + run.prefill_columns - 1) / run.prefill_columns : 0}, all;
+            int head = prefill_base + scan_block(columns, &all, scratch).y;
+            if (prefill) write_tiles(run.prefill_tiles, e, base.x + at.x, sum, head, columns.y);
+            prefill_base += all.y;
         }
         base = make_int2(base.x + total.x, base.y + total.y);
         hit += __syncthreads_count(sum > 0);
@@ -91,6 +98,13 @@ static __device__ int3 sort_many(const moe4_layer_run &run) {
         __syncwarp();
         if (e >= 0 && rank == 0) counts[warp * n_experts + e] += __popc(peers);
         __syncwarp();
+    }
+    if (run.prefill_from) {
+        for (int i = threadIdx.x; i < prefill_base; i += THREADS) run.prefill_done[i] = 0;
+        if (threadIdx.x == 0) {
+            run.state->n_prefill_tiles = prefill_base;
+            run.state->prefill_ticket = 0;
+        }
     }
     return make_int3(base.y, base.x, hit);
 }
@@ -119,12 +133,12 @@ static __device__ int3 sort_few(const moe4_layer_run &run) {
         head += expert[i] < e ? tiles[i] : 0;
         n_tiles += tiles[i];
     }
-    if (first) write_tiles(run, e, before, same, head, mine);
+    if (first) write_tiles(run.tiles, e, before, same, head, mine);
     return make_int3(n_tiles, n_slots, hit);
 }
 
 static __device__ void dispatch(const moe4_layer_run &run) {
-    int3 n = run.n_tokens * run.top_k <= FEW ? sort_few(run) : sort_many(run);
+    int3 n = run.n_tokens * run.top_k <= FEW && !run.prefill_from ? sort_few(run) : sort_many(run);
     for (int i = threadIdx.x; i < n.x; i += THREADS) run.done[i] = run.ready[i] = 0;
     if (run.h_amax)
         for (int i = threadIdx.x; i < n.y; i += THREADS) {

@@ -91,6 +91,19 @@ static __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t pari
                  "r"(parity)
                  : "memory");
 }
+/* Has the phase ended? */
+static __device__ __forceinline__ bool mbarrier_test(uint32_t bar, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(done)
+                 : "r"(bar), "r"(parity)
+                 : "memory");
+    return done;
+}
 /* bytes (a multiple of 16) from global to shared memory; arrives at bar as transaction bytes. */
 static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes),
@@ -111,6 +124,10 @@ static __device__ __forceinline__ uint64_t policy_evict_first(void) {
 /* Orders ordinary accesses before later bulk copies of the same data. */
 static __device__ __forceinline__ void fence_proxy_async(void) {
     asm volatile("fence.proxy.async;" ::: "memory");
+}
+/* The same for shared memory of the block alone, without waiting for global memory. */
+static __device__ __forceinline__ void fence_proxy_async_shared(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 /* Waits until the kernels before this one in the stream are complete and their writes visible. */
 static __device__ __forceinline__ void dependency_wait(void) {

@@ -6,19 +6,29 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
     return device->major == 9;
 }
 
+/* docs/hopper.md has the measurements. */
+#define PREFILL_TOKENS 96 /* of a batch from which the prefill kernel may run */
+#define PREFILL_FROM 17   /* slots of an expert that it takes */
+#define PREFILL_FEW 65    /* the same where experts get few on average: a few that go another way cost more than they gain */
+
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
- * takes as many columns as it has. All kernels give the same bits. docs/hopper.md has the measurements. */
+ * takes as many columns as it has. An expert with many slots goes to the
+ * prefill kernel, wherever the batch is large enough to hold one. */
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
+    bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r) && !moe4_cuda_rounds_apart(r);
+    r->prefill_from =
+        moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
+    r->prefill_columns = per_expert <= 52 ? 64 : per_expert <= 68 ? 80 : per_expert <= 150 ? 160 : 256;
     r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? 8 : per_expert <= 12 ? 16 : 24;
-    (void)device;
 }
 
 /* Of the routed experts' products. */
 const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     if (r->act == MOE4_ACT_BF16) return "fp32";
     if (!moe4_cuda_uses_sm90(device)) return "portable";
+    if (r->prefill_from) return "decode sm_90, prefill sm_90";
     return moe4_cuda_has_options(r) ? "portable, decode sm_90" : "decode sm_90";
 }
 
@@ -44,6 +54,14 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     r->row_start = r->slots_are != MOE4_SLOTS_BY_ID ? moe4_carve(c, (size_t)r->w.n + 1, sizeof *r->row_start) : NULL;
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
+    if (r->prefill_from) {
+        size_t tiles = slots / (size_t)r->prefill_columns + experts, rows = moe4_prefill_rows(slots, tiles);
+        r->max_prefill_tiles = (int)tiles;
+        r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
+        r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
+        r->x_tiles = moe4_carve(c, rows, x_units * MOE4_UNIT_K * sizeof *r->x_tiles);
+        r->h_tiles = with_gate_up ? moe4_carve(c, rows, (size_t)r->w.intermediate_units * MOE4_UNIT_K * sizeof *r->h_tiles) : r->x_tiles;
+    }
     if (!r->x_is_ready) {
         r->x = plain ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
         r->x_wide = plain ? moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x_wide) : NULL;
