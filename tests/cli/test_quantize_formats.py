@@ -98,7 +98,18 @@ class QuantizeFormats(CliCase):
             row = 5 if name == "deepseek_v4" else 2 * models.INTER + 10  # gate's row 5 of expert 1
             raw[8 + n + header[key]["data_offsets"][0] + row * 2 + 1] = 255
             path.write_bytes(raw)
-            self.error("quantize", path.parent, self.folder / f"{name}-out", status=BAD_DATA, says=[tensor, "row 5 column 32 is NaN"])
+            out = self.folder / f"{name}-out"
+            self.error("quantize", path.parent, out, status=BAD_DATA, says=[tensor, "row 5 column 32 is NaN"])
+            if name == "deepseek_v4":  # zeros times NaN are NaN too
+                codes = 8 + n + header[f"{tensor}.weight"]["data_offsets"][0] + row * 32 + 16
+                raw[codes : codes + 16] = bytes(16)
+                path.write_bytes(raw)
+                self.error("quantize", path.parent, f"{out}-zeros", status=BAD_DATA, says=[tensor, "row 5 column 32 is NaN"])
+                raw[8 + n + header[key]["data_offsets"][0] + row * 2 + 1] = 120
+                shared = "layers.0.ffn.shared_experts.w1"  # FP8 has scales of the same kind
+                raw[8 + n + header[f"{shared}.scale"]["data_offsets"][0]] = 255
+                path.write_bytes(raw)
+                self.error("quantize", path.parent, f"{out}-fp8", status=BAD_DATA, says=[shared, "row 0 column 0 is NaN"])
 
     def test_shapes_that_do_not_fit(self):
         cases = {
