@@ -86,7 +86,7 @@ static moe4_status make_everything(moe4_ctx *ctx, struct everything *all) {
 /* The calls that take no object, and those that run one: most of these need no memory at all. */
 static moe4_status call_everything(moe4_ctx *ctx, const struct everything *all) {
     static float x[4 * 256], y[4 * 256];
-    static uint8_t codes[4 * 128], scales[1024], other[1024];
+    static uint8_t codes[4 * 128], scales[2 * 128 * 16], other[1024]; /* of gate and of up, a tile of 128x4 scales for each 64 columns */
     moe4_quantize_options q = MOE4_QUANTIZE_OPTIONS_INIT;
     moe4_workspace ws = {all->memory, 0};
     moe4_moe_report report = MOE4_MOE_REPORT_INIT;
