@@ -15,6 +15,30 @@ static __device__ __forceinline__ float gated_unit(const moe4_layer_run &run, fl
     return g / (1.f + expf(-s)) * (u + run.beta);
 }
 
+static __device__ __forceinline__ float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+/* exp(x) within 2 ulp, for |x| <= 88: the product with log2(e) in two parts. */
+static __device__ __forceinline__ float exponential(float x) {
+    float hi = x * 1.44269502f, lo = fmaf(x, 1.44269502f, -hi) + x * 1.92596303e-8f, e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(hi));
+    return fmaf(e, lo * 0.693147181f, e);
+}
+
+/* gated_unit without a division, whose slow path is a call, and no call may stand between wgmma. */
+static __device__ __forceinline__ float fast_gated_unit(const moe4_layer_run &run, float g, float u) {
+    if (run.limit > 0.f) {
+        g = g > run.limit ? run.limit : g;
+        u = u > run.limit ? run.limit : u < -run.limit ? -run.limit : u;
+    }
+    float s = run.alpha * g;
+    if (run.activation == MOE4_GELU_TANH) s = 1.5957691216f * (g + 0.044715f * (g * g * g));
+    return g * reciprocal(1.f + exponential(fminf(fmaxf(-s, -88.f), 88.f))) * (u + run.beta); /* a NaN is in g too */
+}
+
 /* h of one feature with every option; g is not read where there is no gate. Past the last feature sums are 0 and so is h. */
 static __device__ __forceinline__ float any_unit(const moe4_layer_run &run, int expert, int slot, int feature, float g, float u) {
     if (feature >= run.w.intermediate) return 0.f;

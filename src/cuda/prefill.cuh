@@ -38,4 +38,16 @@ static __device__ __forceinline__ void prefill_store_16(__nv_bfloat16 *tile, int
             __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
 }
 
+/* Position in a ring: index and phase parity. */
+struct prefill_ring {
+    int i;
+    uint32_t parity;
+    __device__ __forceinline__ void next(int n) {
+        if (++i == n) {
+            i = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 #endif

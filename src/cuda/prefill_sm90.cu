@@ -56,18 +56,6 @@ template <class S> struct prefill_shared {
     column columns[N_ITEMS][S::columns];
 };
 
-/* Position in a ring: index and phase parity. */
-struct prefill_ring {
-    int i;
-    uint32_t parity;
-    __device__ __forceinline__ void next(int n) {
-        if (++i == n) {
-            i = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 /* ---- the loading warps ---- */
 
 template <class S> static __device__ __forceinline__ prefill_item place_item(const moe4_layer_run &run, int phases, int ticket) {
@@ -298,30 +286,6 @@ template <class S> static __device__ __forceinline__ void product(float (&acc)[S
     wgmma_wait<0>();
     if (held >= 0 && self->lane == 0) mbarrier_arrive(smem_address(&self->s->empty[held]));
     self->stage = at.stage;
-}
-
-static __device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-/* exp(x) within 2 ulp, for |x| <= 88: the product with log2(e) in two parts. */
-static __device__ __forceinline__ float exponential(float x) {
-    float hi = x * 1.44269502f, lo = fmaf(x, 1.44269502f, -hi) + x * 1.92596303e-8f, e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(hi));
-    return fmaf(e, lo * 0.693147181f, e);
-}
-
-/* gated_unit without a division, whose slow path is a call, and no call may stand between wgmma. */
-static __device__ __forceinline__ float fast_gated_unit(const moe4_layer_run &run, float g, float u) {
-    if (run.limit > 0.f) {
-        g = g > run.limit ? run.limit : g;
-        u = u > run.limit ? run.limit : u < -run.limit ? -run.limit : u;
-    }
-    float s = run.alpha * g;
-    if (run.activation == MOE4_GELU_TANH) s = 1.5957691216f * (g + 0.044715f * (g * g * g));
-    return g * reciprocal(1.f + exponential(fminf(fmaxf(-s, -88.f), 88.f))) * (u + run.beta); /* a NaN is in g too */
 }
 
 /* The gated unit, thread by thread; neighbours in g exchange halves, so that a lane stores two features of one slot. */
