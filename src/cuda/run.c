@@ -11,6 +11,13 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 #define PREFILL_FROM 17   /* slots of an expert that it takes */
 #define PREFILL_FEW 65    /* the same where experts get few on average: a few that go another way cost more than they gain */
 
+/* Columns of the prefill kernel's tiles, up to so many slots an expert. */
+static const struct width {
+    int columns;
+    double up_to;
+} WIDTHS[] = {{64, 52}, {80, 68}, {160, 150}, {256, INT32_MAX}};
+enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the decode kernel's tiles */ };
+
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
  * takes as many columns as it has. An expert with many slots goes to the
  * prefill kernel, wherever the batch is large enough to hold one. */
@@ -18,10 +25,23 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
     bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r) && !moe4_cuda_rounds_apart(r);
+    int width = 0;
+    while (per_expert > WIDTHS[width].up_to) width++;
     r->prefill_from =
         moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
-    r->prefill_columns = per_expert <= 52 ? 64 : per_expert <= 68 ? 80 : per_expert <= 150 ? 160 : 256;
-    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? 8 : per_expert <= 12 ? 16 : 24;
+    r->prefill_columns = WIDTHS[width].columns;
+    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
+}
+
+/* The most that so many slots may have, or fewer in narrower tiles: a workspace serves every batch up to its own. */
+static size_t most_prefill_tiles(size_t slots, size_t experts) {
+    size_t most = 0;
+    for (int i = 0; i < N_WIDTHS; i++) {
+        double narrow = WIDTHS[i].up_to * (double)experts;
+        size_t n = (narrow < (double)slots ? (size_t)narrow : slots) / (size_t)WIDTHS[i].columns;
+        most = n > most ? n : most;
+    }
+    return most + experts;
 }
 
 /* Of the routed experts' products. */
@@ -37,16 +57,18 @@ bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r) {
     return r->slots_are != MOE4_SLOTS_BY_ID || r->x_by_slot || r->act == MOE4_ACT_BF16 || r->x_dtype == MOE4_NVFP4;
 }
 
-/* The one walk for the size query and the carve-up; counts for n_tokens and what choose_kernel set. Without gate/up (a linear), h is x. */
+/* The one walk for the size query and the carve-up. A workspace must serve every batch up to the one that it was asked for, so no size here
+ * may fall where n_tokens grows: lists have room for the narrowest tiles, whatever choose_kernel set. Without gate/up (a linear), h is x.
+ */
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up) {
-    size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k, columns = (size_t)r->tile_columns;
+    size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k;
     size_t experts = slots < (size_t)r->w.n ? slots : (size_t)r->w.n;
     size_t x_rows = r->act == MOE4_ACT_STATIC || r->x_by_slot ? slots : tokens;
     size_t x_units = (size_t)(with_gate_up ? r->w.hidden_units : r->w.intermediate_units);
     moe4_act act_h = r->act_h == MOE4_ACT_DEFAULT ? r->act : r->act_h;
     bool plain = r->act == MOE4_ACT_BF16, rounds_x = !plain && r->act != MOE4_ACT_W4A16;
     bool plain_h = act_h == MOE4_ACT_BF16, rounds_h = !plain_h && act_h != MOE4_ACT_W4A16;
-    r->max_tiles = (int)(slots / columns + experts);
+    r->max_tiles = (int)(slots / LEAST_COLUMNS + experts);
     r->state = moe4_carve(c, 1, sizeof *r->state); /* first: the report looks for it at the workspace's start */
     r->tiles = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->tiles);
     r->slots = moe4_carve(c, slots, sizeof *r->slots);
@@ -55,7 +77,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
     if (r->prefill_from) {
-        size_t tiles = slots / (size_t)r->prefill_columns + experts, rows = moe4_prefill_rows(slots, tiles);
+        size_t tiles = most_prefill_tiles(slots, experts), rows = moe4_prefill_rows(slots, tiles);
         r->max_prefill_tiles = (int)tiles;
         r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
         r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
