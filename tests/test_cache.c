@@ -7,13 +7,12 @@
 #include <unistd.h>
 
 #include "files.h"
-#include "reference.h"
+#include "one_layer.h"
 
-enum { H = 128, I = 64, E = 3, K = 2, T = 9, HEADER = 4096 };
+enum { H = 128, I = 64, E = 3, T = 9, HEADER = 4096 };
 
-static moe4_expert experts[E];
-static float x[T * H], weights[T * K], want[T * H];
-static int32_t ids[T * K];
+static struct one_layer layer;
+static float want[T * H];
 static const char *folder;
 static char lines[2048];
 
@@ -49,23 +48,12 @@ static bool is_mapped(const char *path) {
 /* Runs the layer in a context of its own: the bits are always the same. True when its weights came from `path`. */
 static bool run(const char *cache, const char *path, const char *isa) {
     moe4_ctx *ctx = open_ctx(cache, isa);
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.n_experts = E;
-    o.top_k = K;
-    o.x_dtype = o.y_dtype = MOE4_F32;
-    moe4_moe *moe;
-    moe4_workspace ws;
     float y[T * H];
-    OK(ctx, moe4_moe_create(&moe, ctx, experts, &o));
-    OK(ctx, moe4_moe_workspace_bytes(moe, &ws.bytes, T));
-    ws.data = aligned_alloc(64, ws.bytes);
-    OK(ctx, moe4_moe_forward(moe, y, x, ids, weights, T, &ws, NULL));
+    moe4_moe *moe = one_layer_forward(&layer, ctx, y, MOE4_ACT_DEFAULT);
     if (!isa) assert_memory_equal(y, want, sizeof y);
     assert_string_equal(moe4_ctx_error(ctx), "");
     const bool mapped = path && is_mapped(path);
-    free(ws.data);
     moe4_moe_destroy(moe);
-
     moe4_ctx_destroy(ctx);
     return mapped;
 }
@@ -95,40 +83,16 @@ static bool packs(void) { /* does the best ISA here pack at all? */
 
 static int set_up(void **state) {
     (void)state;
-    for (int e = 0; e < E; e++) {
-        experts[e].gate = ref_random_weight(MOE4_NVFP4, I, H);
-        experts[e].up = ref_random_weight(MOE4_NVFP4, I, H);
-        experts[e].down = ref_random_weight(MOE4_NVFP4, H, I);
-    }
-    for (int i = 0; i < T * H; i++) x[i] = ref_normal();
-    for (int i = 0; i < T * K; i++) {
-        ids[i] = (i / K + i % K) % E;
-        weights[i] = 0.5f;
-    }
+    layer = one_layer_make(H, I, E, T);
     moe4_ctx *ctx = open_ctx(NULL, NULL);
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.n_experts = E;
-    o.top_k = K;
-    o.x_dtype = o.y_dtype = MOE4_F32;
-    moe4_moe *moe;
-    moe4_workspace ws;
-    OK(ctx, moe4_moe_create(&moe, ctx, experts, &o));
-    OK(ctx, moe4_moe_workspace_bytes(moe, &ws.bytes, T));
-    ws.data = aligned_alloc(64, ws.bytes);
-    OK(ctx, moe4_moe_forward(moe, want, x, ids, weights, T, &ws, NULL));
-    free(ws.data);
-    moe4_moe_destroy(moe);
+    moe4_moe_destroy(one_layer_forward(&layer, ctx, want, MOE4_ACT_DEFAULT));
     moe4_ctx_destroy(ctx);
     return 0;
 }
 
 static int tear_down(void **state) {
     (void)state;
-    for (int e = 0; e < E; e++) {
-        ref_free_weight(&experts[e].gate);
-        ref_free_weight(&experts[e].up);
-        ref_free_weight(&experts[e].down);
-    }
+    one_layer_free(&layer);
     return 0;
 }
 
@@ -166,29 +130,47 @@ static void test_written_then_mapped(void **state) {
 #endif
 }
 
+/* Every ISA in every mode: the bits are those without a folder, whether the file is there or not. */
+static void test_every_mode(void **state) {
+    (void)state;
+    static const char *const isas[] = {"scalar", "avx2", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm"};
+    float y[3][T * H];
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+        for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
+            for (int n = 0; n < 3; n++) {
+                moe4_ctx *ctx = open_ctx(n ? folder : NULL, isas[i]);
+                moe4_moe_destroy(one_layer_forward(&layer, ctx, y[n], (moe4_act)act));
+                moe4_ctx_destroy(ctx);
+                assert_string_equal(lines, "");
+            }
+            assert_memory_equal(y[1], y[0], sizeof *y);
+            assert_memory_equal(y[2], y[0], sizeof *y);
+        }
+}
+
 /* Other codes, another scale, the same bytes as two matrices in the other order: other files. */
 static void test_found_by_content(void **state) {
     (void)state;
     if (!packs()) skip();
     run(folder, NULL, NULL);
     const char *path = only_file();
-    uint8_t *code = (uint8_t *)experts[1].down.data + 77, *scale = (uint8_t *)experts[2].gate.scale + 5;
+    uint8_t *code = (uint8_t *)layer.experts[1].down.data + 77, *scale = (uint8_t *)layer.experts[2].gate.scale + 5;
     *code ^= 1;
     assert_false(run(folder, path, "avx512bf16"));
     *code ^= 1;
     *scale ^= 1;
     assert_false(run(folder, path, "avx512bf16"));
     *scale ^= 1;
-    const moe4_weight up = experts[0].up;
-    experts[0].up = experts[0].gate;
-    experts[0].gate = up;
+    const moe4_weight up = layer.experts[0].up;
+    layer.experts[0].up = layer.experts[0].gate;
+    layer.experts[0].gate = up;
     assert_false(run(folder, path, "avx512bf16"));
-    experts[0].gate = experts[0].up;
-    experts[0].up = up;
+    layer.experts[0].gate = layer.experts[0].up;
+    layer.experts[0].up = up;
     assert_true(run(folder, path, NULL));
-    experts[0].up.global *= 2; /* is not packed */
+    layer.experts[0].up.global *= 2; /* is not packed */
     assert_true(run(folder, path, "avx512bf16"));
-    experts[0].up.global /= 2;
+    layer.experts[0].up.global /= 2;
 }
 
 static void put(const char *path, const uint8_t *data, size_t bytes) {
@@ -311,13 +293,10 @@ static void test_replaced_expert(void **state) {
     snprintf(path, sizeof path, "%s", only_file());
     uint8_t *before = files_read(path, &before_bytes), *after;
     moe4_ctx *ctx = open_ctx(folder, NULL);
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.n_experts = E;
-    o.top_k = K;
-    moe4_moe *moe;
-    OK(ctx, moe4_moe_create(&moe, ctx, experts, &o));
+    float y[T * H];
+    moe4_moe *moe = one_layer_forward(&layer, ctx, y, MOE4_ACT_DEFAULT);
     assert_true(is_mapped(path));
-    OK(ctx, moe4_moe_replace_expert(moe, 0, &experts[1]));
+    OK(ctx, moe4_moe_replace_expert(moe, 0, &layer.experts[1]));
     assert_true(run(folder, path, NULL));
     moe4_moe_destroy(moe);
     moe4_ctx_destroy(ctx);
@@ -349,9 +328,7 @@ static void test_failing_allocations(void **state) {
     o.log = keep_line;
     o.alloc = failing_alloc;
     o.free = plain_free;
-    moe4_moe_options mo = MOE4_MOE_OPTIONS_INIT;
-    mo.n_experts = E;
-    mo.top_k = K;
+    const moe4_moe_options mo = one_layer_options(&layer, MOE4_ACT_DEFAULT);
     for (int with_file = 0; with_file < 2; with_file++) {
         size_t n_made = 0;
         bool failed = true;
@@ -363,7 +340,7 @@ static void test_failing_allocations(void **state) {
             n_allocated = 0;
             moe4_status status = moe4_ctx_create(&ctx, &o);
             if (status == MOE4_OK) {
-                status = moe4_moe_create(&moe, ctx, experts, &mo);
+                status = moe4_moe_create(&moe, ctx, layer.experts, &mo);
                 if (status == MOE4_OK) assert_string_equal(moe4_ctx_error(ctx), "");
                 if (status == MOE4_OK && n_allocated >= fail_at) { /* only the digest of the packed bytes may fail unseen */
                     assert_non_null(strstr(lines, "no memory for the digest"));
@@ -398,6 +375,7 @@ static void test_folder(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_written_then_mapped, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(test_every_mode, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_found_by_content, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_damaged_files, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_no_regular_file, make_folder, remove_folder),

@@ -7,7 +7,7 @@
 
 #include "cpu/pool.h"
 #include "fpu.h"
-#include "reference.h"
+#include "one_layer.h"
 
 static moe4_ctx *open_ctx(size_t n_threads, moe4_run_fn run, void *user) {
     moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
@@ -143,48 +143,7 @@ static void engine_run(void *user, size_t n_tasks, moe4_task_fn fn, void *arg) {
     for (size_t i = 0; e->threads && i < n_tasks; i++) pthread_join(t[i].thread, NULL);
 }
 
-enum { H = 512, I = 256, E = 6, K = 2, T = 40 };
-
-static moe4_expert experts[E];
-static float x[T * H], weights[T * K];
-static int32_t ids[T * K];
-
-static void forward(moe4_ctx *ctx, float *y, moe4_act act) {
-    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
-    o.n_experts = E;
-    o.top_k = K;
-    o.act = act;
-    o.x_dtype = o.y_dtype = MOE4_F32;
-    moe4_moe *moe;
-    moe4_workspace ws;
-    OK(ctx, moe4_moe_create(&moe, ctx, experts, &o));
-    OK(ctx, moe4_moe_workspace_bytes(moe, &ws.bytes, T));
-    ws.data = aligned_alloc(64, ws.bytes);
-    OK(ctx, moe4_moe_forward(moe, y, x, ids, weights, T, &ws, NULL));
-    free(ws.data);
-    moe4_moe_destroy(moe);
-}
-
-static void make_layer(void) {
-    for (int e = 0; e < E; e++) {
-        experts[e].gate = ref_random_weight(MOE4_NVFP4, I, H);
-        experts[e].up = ref_random_weight(MOE4_NVFP4, I, H);
-        experts[e].down = ref_random_weight(MOE4_NVFP4, H, I);
-    }
-    for (int i = 0; i < T * H; i++) x[i] = ref_normal();
-    for (int i = 0; i < T * K; i++) {
-        ids[i] = (i / K + i % K) % E;
-        weights[i] = 0.5f;
-    }
-}
-
-static void free_layer(void) {
-    for (int e = 0; e < E; e++) {
-        ref_free_weight(&experts[e].gate);
-        ref_free_weight(&experts[e].up);
-        ref_free_weight(&experts[e].down);
-    }
-}
+enum { H = 512, I = 256, E = 6, T = 40 };
 
 static size_t threads_of_process(void) {
     size_t n = 0;
@@ -199,10 +158,10 @@ static size_t threads_of_process(void) {
 static void test_engine_pool(void **state) {
     (void)state;
     static float one[T * H], y[T * H];
-    make_layer();
+    struct one_layer layer = one_layer_make(H, I, E, T);
     for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
         moe4_ctx *ctx = open_ctx(1, NULL, NULL);
-        forward(ctx, one, (moe4_act)act);
+        moe4_moe_destroy(one_layer_forward(&layer, ctx, one, (moe4_act)act));
         moe4_ctx_destroy(ctx);
         for (size_t n = 1; n <= 8; n += n == 1 ? 1 : 3)
             for (int threads = 0; threads < 2; threads++) {
@@ -212,13 +171,13 @@ static void test_engine_pool(void **state) {
                 assert_int_equal(threads_of_process(), before);
                 assert_int_equal(moe4_ctx_n_threads(ctx), n);
                 memset(y, 0xFF, sizeof y);
-                forward(ctx, y, (moe4_act)act);
+                moe4_moe_destroy(one_layer_forward(&layer, ctx, y, (moe4_act)act));
                 assert_memory_equal(y, one, sizeof y);
                 assert_true(n == 1 ? e.n_calls == 0 : e.n_calls > 0);
                 moe4_ctx_destroy(ctx);
             }
     }
-    free_layer();
+    one_layer_free(&layer);
 }
 
 static void call_inside(void *arg, size_t task) {
@@ -279,7 +238,7 @@ static void test_packing_touches_first(void **state) {
     (void)state;
     static float y[T * H];
     struct pages p = {.untouched = -1};
-    make_layer();
+    struct one_layer layer = one_layer_make(H, I, E, T);
     moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
     o.n_threads = 4;
     o.alloc = page_alloc;
@@ -291,14 +250,14 @@ static void test_packing_touches_first(void **state) {
     const bool in_place = strcmp(moe4_ctx_isa(ctx), "scalar") == 0 || strcmp(moe4_ctx_isa(ctx), "neon") == 0;
     if (in_place) {
         moe4_ctx_destroy(ctx);
-        free_layer();
+        one_layer_free(&layer);
         skip();
     }
-    forward(ctx, y, MOE4_ACT_TOKEN);
+    moe4_moe_destroy(one_layer_forward(&layer, ctx, y, MOE4_ACT_TOKEN));
     assert_true(p.bytes > 1 << 20);
     assert_int_equal(p.untouched, 1);
     moe4_ctx_destroy(ctx);
-    free_layer();
+    one_layer_free(&layer);
 }
 
 int main(void) {

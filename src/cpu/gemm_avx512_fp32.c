@@ -104,6 +104,7 @@ static uint64_t pack_row(const struct moe4_kernels *kernels, void *row, float *f
 static const struct moe4_gemm w4a16 = {
     .name = "w4a16 fp32, AVX-512",
     .tile_cols = 16,
+    .layout = MOE4_TILE16_LAYOUT,
     .packed_bytes = moe4_tile16_bytes,
     .pack = moe4_tile16_pack_avx512,
     .row_bytes = row_bytes,

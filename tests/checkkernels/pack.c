@@ -30,6 +30,18 @@ static void check_zero_scales(struct check *c) {
     check_line(c, "pack_codes", "nothing comes of a zero scale", ok);
 }
 
+/* Files keep packed weights by the layout's name: what packs has one, and no other layout's bytes. */
+static void check_layouts(struct check *c) {
+    const struct moe4_gemm *all[] = {c->k->w4a4, c->k->w4a16, c->k->wide};
+    const moe4_weight w = {.dtype = MOE4_NVFP4, .rows = 32, .cols = 64, .global = 1};
+    bool ok = true;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        const bool packs = all[i]->packed_bytes(&w) > 0;
+        ok &= packs == (all[i]->layout != NULL) && packs == (all[i]->pack != NULL);
+    }
+    check_line(c, "layout", "named by every family that packs", ok);
+}
+
 #if defined(__x86_64__)
 static void check_weights(struct check *c) {
     static const size_t ks[] = {16, 112, 128, 144, 256, 640}, ns[] = {1, 15, 16, 17, 48, 70};
@@ -64,5 +76,6 @@ static void check_weights(struct check *c) {
 
 void check_pack(struct check *c) {
     check_zero_scales(c);
+    check_layouts(c);
     check_weights(c);
 }
