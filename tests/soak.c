@@ -1,60 +1,13 @@
 /* soak [SECONDS [SEED]]: random layers, linears, grouped linears and codec calls on every ISA and several thread counts against the scalar
  * reference, until the time is over. Bits must be the same for any thread count, any batch and for the codec on any ISA; products of other
- * ISAs sum in another order and must be near. Every object comes from a counting allocator, which must end where it began, and which
- * fails now and then. The last line says what ran; exit status 1 at the first difference, with the seed that repeats it. */
+ * ISAs sum in another order and must be near. Each trial also has a pool of its own, moe4's or the caller's, and half of them a folder of
+ * packed weights whose files are damaged now and then. Every object comes from a counting allocator, which must end where it began, and
+ * which fails now and then. The last line says what ran; exit status 1 at the first difference, with the seed that repeats it. */
 #include "soak.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
-
-/* ---- contexts ---- */
-
-static void *count_alloc(void *user, size_t bytes, size_t align) {
-    struct soak_memory *m = user;
-    if (m->fail_at && atomic_fetch_add(&m->n_calls, 1) + 1 == m->fail_at) return NULL;
-    void *p = NULL;
-    if (posix_memalign(&p, align < sizeof p ? sizeof p : align, bytes) != 0) return NULL;
-    atomic_fetch_add(&m->n_live, 1);
-    return p;
-}
-
-static void count_free(void *user, void *data) {
-    struct soak_memory *m = user;
-    atomic_fetch_sub(&m->n_live, 1);
-    free(data);
-}
-
-moe4_status soak_open(moe4_ctx **ctx_ret, struct soak_memory *memory, const char *isa, size_t n_threads) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.n_threads = n_threads;
-    o.isa_mask = moe4_isa_mask(isa);
-    o.alloc = count_alloc;
-    o.free = count_free;
-    o.alloc_user = memory;
-    return moe4_ctx_create(ctx_ret, &o);
-}
-
-static void open_all(struct soak *s) {
-    static const char *const names[] = {"scalar", "avx2", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm"};
-    static const size_t threads[SOAK_SIDES] = {1, 2, 5};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        for (size_t t = 0; t < SOAK_SIDES; t++) {
-            if (soak_open(&s->isa[s->n_isas].ctx[t], &s->memory, names[i], threads[t]) != MOE4_OK)
-                soak_fail(s, "no context for %s", names[i]);
-            s->isa[s->n_isas].name = names[i];
-            if (t + 1 < SOAK_SIDES) continue;
-            const bool runs = strcmp(moe4_ctx_isa(s->isa[s->n_isas].ctx[0]), names[i]) == 0;
-            for (size_t u = 0; !runs && u < SOAK_SIDES; u++) moe4_ctx_destroy(s->isa[s->n_isas].ctx[u]);
-            s->n_isas += runs;
-        }
-}
-
-static void close_all(struct soak *s) {
-    for (size_t i = 0; i < s->n_isas; i++)
-        for (size_t t = 0; t < SOAK_SIDES; t++) moe4_ctx_destroy(s->isa[i].ctx[t]);
-    if (s->memory.n_live) soak_fail(s, "%zu blocks of memory are left", (size_t)s->memory.n_live);
-}
 
 /* ---- checks ---- */
 
@@ -156,12 +109,14 @@ int main(int argc, char **argv) {
     const double start = seconds(), length = argc > 1 ? atof(argv[1]) : 5;
     double told = start;
     s.seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
-    open_all(&s);
+    soak_open_all(&s);
     for (; seconds() < start + length; s.seed++) {
         s.random = s.seed * 0x9e3779b97f4a7c15u + 1;
         for (int i = 0; i < 4; i++) random_u64(&s.random); /* neighbouring seeds part */
         const size_t kind = random_below(&s.random, N_KINDS);
+        soak_open_pool(&s);
         kinds[kind].run(&s);
+        soak_close_pool(&s);
         n_run[kind]++;
         if (s.n_far > 5 + s.n_rows / 1000) soak_fail(&s, "%zu of %zu rows are far from the scalar ones", s.n_far, s.n_rows);
         if (seconds() > told + 60) {
@@ -169,11 +124,13 @@ int main(int argc, char **argv) {
             fprintf(stderr, "soak: %.0f s, seed %llu\n", told - start, (unsigned long long)s.seed);
         }
     }
-    close_all(&s);
+    soak_close_all(&s);
     printf("soak: no difference in %.0f s on", seconds() - start);
     for (size_t i = 0; i < s.n_isas; i++) printf(" %s", s.isa[i].name);
     for (size_t i = 0; i < N_KINDS; i++) printf("%s %llu %s", i ? "," : ":", n_run[i], kinds[i].name);
-    printf("; %zu of %zu layer rows had a code on the other side of a tie, %zu allocations were made to fail\n", s.n_far, s.n_rows,
+    printf("; %zu of %zu layer rows had a code on the other side of a tie, %zu allocations were made to fail", s.n_far, s.n_rows,
            s.n_refused);
+    printf("; own pools %zu, callers' in order %zu, reversed %zu, on threads %zu; %zu files of packed weights\n", s.n_pools[SOAK_OWN_POOL],
+           s.n_pools[SOAK_IN_ORDER], s.n_pools[SOAK_REVERSED], s.n_pools[SOAK_THREADS], s.n_files);
     return 0;
 }

@@ -111,14 +111,18 @@ void soak_linear(struct soak *s) {
         bias_size[i] = w[i].bias ? sqrt(squares(w[i].bias, w[i].rows)) : 0;
     }
     for (size_t isa = 0; isa < s->n_isas; isa++) {
-        moe4_ctx *many = s->isa[isa].ctx[1 + random_below(&s->random, SOAK_SIDES - 1)];
+        const size_t side = 1 + random_below(&s->random, SOAK_SIDES - 1);
+        moe4_ctx *many = s->isa[isa].ctx[side];
         const uint64_t n = run_linear(s, s->isa[isa].ctx[0], isa ? y : scalar, w, n_weights, &o, x, T);
-        if (run_linear(s, many, other, w, n_weights, &o, x, T) != n || (isa && n != saturated))
-            soak_fail(s, "%s: linear: other saturated blocks", s->isa[isa].name);
+        for (size_t done = 0; soak_again(s, side, done); done++) {
+            if (run_linear(s, many, other, w, n_weights, &o, x, T) != n || (isa && n != saturated))
+                soak_fail(s, "%s: linear: other saturated blocks", s->isa[isa].name);
+            for (size_t i = 0; i < n_weights; i++)
+                if (memcmp(isa ? y[i] : scalar[i], other[i], T * w[i].rows * sizeof(float)) != 0)
+                    soak_fail(s, "%s: linear: %zu threads give other bits than one", s->isa[isa].name, moe4_ctx_n_threads(many));
+        }
         saturated = n;
         for (size_t i = 0; i < n_weights; i++) {
-            if (memcmp(isa ? y[i] : scalar[i], other[i], T * w[i].rows * sizeof(float)) != 0)
-                soak_fail(s, "%s: linear: %zu threads give other bits than one", s->isa[isa].name, moe4_ctx_n_threads(many));
             if (exact && isa && memcmp(y[i], scalar[i], T * w[i].rows * sizeof(float)) != 0)
                 soak_fail(s, "%s: linear: rows of one block have other bits than scalar", s->isa[isa].name);
             if (isa) check_rows(s, s->isa[isa].name, y[i], scalar[i], x, T, w[i].rows, K, w_size[i], bias_size[i]);
@@ -169,12 +173,15 @@ void soak_grouped(struct soak *s) {
     float *x = soak_rows(s, n_rows, K), *y[3];
     for (int i = 0; i < 3; i++) y[i] = soak_alloc(s, n_rows * N, sizeof(float));
     for (size_t isa = 0; isa < s->n_isas; isa++) {
-        moe4_ctx *many = s->isa[isa].ctx[1 + random_below(&s->random, SOAK_SIDES - 1)];
+        const size_t side = 1 + random_below(&s->random, SOAK_SIDES - 1);
+        moe4_ctx *many = s->isa[isa].ctx[side];
         float *own = y[isa ? 1 : 0];
         run_grouped(s, s->isa[isa].ctx[0], own, w, n_groups, &o, x, offsets, n_rows);
-        run_grouped(s, many, y[2], w, n_groups, &o, x, offsets, n_rows);
-        if (memcmp(own, y[2], n_rows * N * sizeof(float)) != 0)
-            soak_fail(s, "%s: grouped: %zu threads give other bits than one", s->isa[isa].name, moe4_ctx_n_threads(many));
+        for (size_t done = 0; soak_again(s, side, done); done++) {
+            run_grouped(s, many, y[2], w, n_groups, &o, x, offsets, n_rows);
+            if (memcmp(own, y[2], n_rows * N * sizeof(float)) != 0)
+                soak_fail(s, "%s: grouped: %zu threads give other bits than one", s->isa[isa].name, moe4_ctx_n_threads(many));
+        }
         if (isa) check_rows(s, s->isa[isa].name, own, y[0], x, n, N, K, w_size, bias_size);
     }
     for (size_t g = 0; g < n_groups; g++) soak_weight_free(&w[g]);
