@@ -26,6 +26,12 @@ static moe4_status write_text(const struct quantize_folder *folder, const char *
     return text ? quantize_folder_text(folder, name, text, strlen(text)) : MOE4_OK;
 }
 
+/* A text that is not written is not looked for. */
+static bool text_is_there(const struct quantize_folder *folder, const char *name, const char *text) {
+    const size_t n = text ? strlen(text) : 0;
+    return !text || quantize_folder_has(folder, name, text, n, n);
+}
+
 static moe4_status add_inexact(const struct quantize_plan *plan, struct quantize_report *report, const struct quantize_item *item) {
     const struct quantize_recast_loss *loss = &item->loss;
     struct quantize_inexact *list = realloc(report->inexact, (report->n_inexact + 1) * sizeof *list);
@@ -60,9 +66,9 @@ void quantize_report_free(struct quantize_report *report) {
 /* A folder without a journal is ours only when it is, file by file, what this task ends with. */
 static moe4_status check_finished(struct quantize_plan *plan, const struct quantize_folder *folder, const struct texts *t,
                                   struct quantize_report *report) {
-    size_t n = strlen(t->config);
     LM_TRY(plan->lm, quantize_task_check_shards(plan, folder));
-    bool same = quantize_folder_has(folder, config_name, t->config, n, n);
+    bool same = text_is_there(folder, config_name, t->config) && text_is_there(folder, hf_quant_name, t->hf_quant) &&
+                text_is_there(folder, index_name, t->index);
     for (size_t s = 0; same && s < plan->n_shards; s++) same = quantize_shard_is_there(&plan->shards[s], folder);
     LM_CHECK(plan->lm, same, MOE4_ERROR_ARGUMENT, "%s: not empty, and not unfinished work of moe4 quantize", folder->path);
     uint64_t done = 0;

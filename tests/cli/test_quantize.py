@@ -1,81 +1,18 @@
-"""moe4 quantize: the bytes, the layout, and that no moment of being stopped leaves something wrong."""
+"""moe4 quantize: the bytes, the layout, calibration, and what it refuses."""
 import array
 import json
 import os
 import pathlib
 import random
-import resource
 import shutil
-import signal
-import struct
-import subprocess
-import time
 import unittest
 
 import tensors
-from cli_case import BAD_DATA, BAD_USAGE, MODEL, PROGRAM, ROOT, CliCase
-
-EXPERTS = ROOT / "tests" / "vectors" / "bf16-experts.safetensors"  # four of layer 2's, as the bundled model had them before
-TINY = ROOT / "tests" / "vectors" / "hf-qwen3-moe"
-TINY_IDS = f"{TINY}-logits.safetensors"
-JOURNAL, CALIBRATION = "moe4-quantize.json", ".moe4-calibration"
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-E4M3 = [(b & 7) * 2.0**-9 if b < 8 else (8 + (b & 7)) * 2.0 ** ((b >> 3) - 10) for b in range(127)]
+from cli_case import BAD_DATA, BAD_USAGE, MODEL
+from quantize_case import CALIBRATION, E4M3, EXPERTS, JOURNAL, TINY, TINY_IDS, QuantizeCase, contents, decoded, number, raw_tensors
 
 
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def raw_tensors(path):
-    """{name: (dtype, shape, bytes)} and the metadata."""
-    raw = path.read_bytes()
-    (n,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + n])
-    metadata = header.pop("__metadata__", None)
-    return {k: (t["dtype"], t["shape"], raw[8 + n :][slice(*t["data_offsets"])]) for k, t in header.items()}, metadata
-
-
-def number(tensor):
-    return struct.unpack("<f", tensor[2])[0]
-
-
-def decoded(out, module):
-    (codes, scales), g = (out[f"{module}.{s}"][2] for s in ("weight", "weight_scale")), number(out[f"{module}.weight_scale_2"])
-    values = []
-    for i, byte in enumerate(codes):
-        for code in (byte & 15, byte >> 4):
-            values.append(E2M1[code & 7] * (-1 if code & 8 else 1) * E4M3[scales[i // 8]] * g)
-    return values
-
-
-class Quantize(CliCase):
-    def quantize(self, model, name, *args, **kwargs):
-        out = self.folder / name
-        self.moe4("quantize", model, out, *args, **kwargs)
-        return out
-
-    def tiny(self, **tensors_too):
-        model = tensors.TinyModel(self.folder / "tiny")
-        model.tensors.update(tensors_too)
-        tensors.write(model.folder / "model.safetensors", model.tensors)
-        return model
-
-    def experts(self):
-        """A model that is nothing but four trained experts."""
-        folder = self.folder / "experts"
-        folder.mkdir()
-        shutil.copy(EXPERTS, folder / "model.safetensors")
-        config = json.loads((MODEL / "config.json").read_text())
-        del config["quantization_config"]
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        return folder
-
-    def assert_same(self, made, wanted, why=None):
-        """Not assertEqual: it would take minutes to say how large files differ."""
-        self.assertEqual({*made}, {*wanted}, why)
-        self.assertEqual([k for k in made if made[k] != wanted[k]], [], why)
-
+class Quantize(QuantizeCase):
     # ---- bytes ----
 
     def test_experts_are_the_bundled_models(self):
@@ -247,6 +184,21 @@ class Quantize(CliCase):
         for size in ("0", "5X", "-1", "G", "99999999999999999999"):
             self.error("quantize", model, self.folder / "no", "--max-shard-size", size, status=BAD_USAGE, says=size)
 
+    def test_index_of_the_input_stays_behind(self):
+        """A model in shards that becomes one file: its index names files that are not there."""
+        model = self.tiny()
+        names = list(model.tensors)
+        files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        (model.folder / "model.safetensors").unlink()
+        for i, file in enumerate(files):
+            tensors.write(model.folder / file, {k: model.tensors[k] for k in names[i::2]})
+        index = {"metadata": {}, "weight_map": {k: files[i % 2] for i, k in enumerate(names)}}
+        (model.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (model.folder / "kept").mkdir()
+        (model.folder / "kept" / "model.safetensors.index.json").write_text("{}")  # below the top nothing is quantize's
+        out = contents(self.quantize(model.folder, "out"))
+        self.assertEqual(sorted(out), ["config.json", "hf_quant_config.json", "kept/model.safetensors.index.json", "model.safetensors"])
+
     # ---- calibration ----
 
     def test_calibrated_scales(self):
@@ -356,214 +308,6 @@ class Quantize(CliCase):
         (model.folder / "model-00001-of-00001.safetensors").mkdir()
         self.error("quantize", model.folder, self.folder / "out", status=BAD_DATA, says="model-00001-of-00001.safetensors")
         self.assertFalse((self.folder / "out").exists())
-
-    def test_folders_that_are_not_ours(self):
-        model, out = self.tiny().folder, self.folder / "out"
-        out.mkdir()
-        self.moe4("quantize", model, out)  # empty is fine
-        before = contents(out)
-        self.error("quantize", model, out, status=BAD_USAGE, says=["not empty"])
-        self.moe4("quantize", model, out, "--resume")  # it is what this task ends with
-        self.error("quantize", model, out, "--resume", "--exclude", "*.up_proj", status=BAD_USAGE, says=["not empty"])
-        self.error("quantize", model, model, "--resume", status=BAD_USAGE, says=["not empty"])
-        self.assert_same(contents(out), before)
-        (out / "config.json").write_bytes(before["config.json"] + b" ")
-        self.error("quantize", model, out, "--resume", status=BAD_USAGE, says=["not empty"])
-
-    def test_finished_with_other_options(self):
-        """Folders whose names, shapes and config.json are the same, and whose bytes are not: --resume does not call them done."""
-        other = self.folder / "other"
-        ids = next(v for d, s, v in tensors.read(pathlib.Path(TINY_IDS)).values() if d in ("I32", "I64"))
-        other.write_bytes(tensors.pack("I32", ids[:9]))
-        options = {
-            "plain": [], "46": ["--four-over-six"], "search": ["--search"], "static": ["--recipe", "modelopt_static"],
-            "text": ["--calibrate", TINY_IDS], "other": ["--calibrate", other],
-        }  # fmt: skip
-        for args in options.values():
-            args += ["--max-shard-size", "20K"]
-        for made, asked, says in (("plain", "46", "another four-over-six: no, now yes"), ("46", "plain", "another four-over-six: yes, now no"),
-                                  ("plain", "search", "another search: no, now yes"), ("search", "plain", "another search: yes, now no"),
-                                  ("plain", "static", "another recipe: modelopt, now modelopt_static"), ("text", "other", "another calibration: text "),
-                                  ("text", "plain", ", now none")):  # fmt: skip
-            out = self.folder / made
-            if not out.exists():
-                self.quantize(TINY, made, *options[made])
-            shards = sorted(p.name for p in out.glob("model-*"))
-            self.assertGreater(len(shards), 1)
-            before, times = contents(out), {p: p.stat().st_mtime_ns for p in (out, *out.iterdir())}
-            self.error("quantize", TINY, out, "--resume", *options[asked], status=BAD_USAGE, says=[f"{out}/{shards[0]}: finished, with", says])
-            self.assert_same(contents(out), before)
-            self.assertEqual({p: p.stat().st_mtime_ns for p in (out, *out.iterdir())}, times)
-            said = self.json("quantize", TINY, out, "--resume", *options[made])
-            self.assertEqual(said["shards_kept"], len(shards))
-            self.assert_same(contents(out), before)
-        digests = {raw_tensors(next((self.folder / "text").glob("model-*")))[1]["calibration"]}
-        self.quantize(TINY, "again", *options["text"])
-        digests.add(raw_tensors(next((self.folder / "again").glob("model-*")))[1]["calibration"])
-        self.assertEqual(len(digests), 1)
-        shutil.copy(next((self.folder / "46").glob("model-00002-*")), self.folder / "plain")  # one shard of another run
-        self.error("quantize", TINY, self.folder / "plain", "--resume", *options["plain"], status=BAD_USAGE, says=["model-00002-of", "another four-over-six: yes, now no"])
-
-    def test_unfinished_work_of_another_task(self):
-        model, out = self.tiny(), self.folder / "out"
-        model.tensors["model.layers.0.mlp.up_proj.weight"][2][0] = float("inf")
-        tensors.write(model.folder / "model.safetensors", model.tensors)
-        self.error("quantize", model.folder, out, status=BAD_DATA, says="infinite")
-        self.error("quantize", model.folder, out, status=BAD_USAGE, says=["unfinished work", "--resume"])
-        self.error("quantize", model.folder, out, "--resume", "--four-over-six", status=BAD_USAGE, says=["another four-over-six", "no", "yes"])
-        tensors.write(model.folder / "model.safetensors", model.tensors)  # another time of change
-        self.error("quantize", model.folder, out, "--resume", status=BAD_USAGE, says=["another input files"])
-
-    def test_calibration_is_kept(self):
-        """A resumed run takes what the first had found, unless it is not of this task's size."""
-        out, args = self.folder / "out", ["--max-shard-size", "20K", "--calibrate", TINY_IDS]
-        wanted = contents(self.quantize(TINY, "whole", *args))
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
-
-        for damage in ("nothing", "doubled", "cut short", "another magic"):
-            self.error("quantize", TINY, out, *args, status=BAD_DATA, says="File too large", preexec_fn=limit)
-            record = bytearray((out / CALIBRATION).read_bytes())
-            if damage in ("doubled", "another magic"):  # the first matrix's
-                record[32:36] = struct.pack("<f", 2 * struct.unpack("<f", record[32:36])[0])
-            record[0] ^= damage == "another magic"
-            (out / CALIBRATION).write_bytes(record[:-4] if damage == "cut short" else record)
-            said = self.json("quantize", TINY, out, *args, "--resume")
-            self.assertGreater(said["calibration"]["tokens"], 0)
-            made = contents(out)
-            differ = [k for k in wanted if made[k] != wanted[k]]
-            self.assertEqual({*made}, {*wanted})
-            self.assertEqual(len(differ), damage == "doubled", damage)
-            shutil.rmtree(out)
-
-    def test_config_comes_last(self):
-        """Stopped at config.json: all else is there, this run's journal too, and nothing of the run that made the input."""
-        model, out = self.tiny(), self.folder / "out"
-        (model.folder / "config.json").write_text(json.dumps(model.config() | {"long": "x" * 40000}))
-        (model.folder / "tokenizer.json").write_text("{}")
-        for name in (CALIBRATION, ".moe4-quantize.tmp", JOURNAL):
-            (model.folder / name).write_text("of the input")
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30000, resource.RLIM_INFINITY))
-
-        self.error("quantize", model.folder, out, status=BAD_DATA, says=["config.json", "File too large"], preexec_fn=limit)
-        self.assertEqual(sorted(contents(out)), ["hf_quant_config.json", "model.safetensors", JOURNAL, "tokenizer.json"])
-        self.assertEqual(json.loads((out / JOURNAL).read_text())["recipe"], "modelopt")
-        self.moe4("quantize", model.folder, out, "--resume")
-        self.assert_same(contents(out), contents(self.quantize(model.folder, "whole")))
-
-    def test_what_is_not_ours_is_written_again(self):
-        """A file of a shard's name and size that is another one: --resume does not take it for complete."""
-        model, out = self.experts(), self.folder / "out"
-        wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
-        largest = max(len(v) for v in wanted.values())
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, resource.RLIM_INFINITY))
-
-        self.error("quantize", model, out, "--max-shard-size", "60K", status=BAD_DATA, preexec_fn=limit)
-        shard = next(iter(sorted(out.glob("model-*.safetensors"))))
-        shard.write_bytes(bytes(shard.stat().st_size))
-        said = self.json("quantize", model, out, "--max-shard-size", "60K", "--resume")
-        self.assert_same(contents(out), wanted)
-        self.assertLess(said["shards_kept"], said["shards"])
-
-    def test_cut_short_while_it_is_read(self):
-        """The input loses its second half in the middle of the run."""
-        model, out = self.folder / "large", self.folder / "out"
-        model.mkdir()
-        shutil.copy(TINY / "config.json", model)
-        rows, path = 8192, model / "model.safetensors"
-        tensors.write(path, {"model.layers.0.self_attn.q_proj.weight": ("F32", [0, 0], b"")})
-        header = {f"model.layers.{i}.self_attn.q_proj.weight": {"dtype": "F32", "shape": [rows, rows], "data_offsets": [i * rows**2 * 4, (i + 1) * rows**2 * 4]}
-                  for i in range(2)}  # fmt: skip
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        path.write_bytes(struct.pack("<Q", len(text)) + text)
-        for attempt in range(20):
-            os.truncate(path, 8 + len(text) + 2 * rows**2 * 4)  # zeros that take no room
-            running = subprocess.Popen([PROGRAM, "quantize", model, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            while not (out / JOURNAL).exists() and running.poll() is None:
-                time.sleep(0.0005)
-            running.send_signal(signal.SIGSTOP)
-            os.truncate(path, 8 + len(text) + rows**2 * 4)
-            running.send_signal(signal.SIGCONT)
-            says = running.communicate()[1]
-            if running.returncode == 0:  # stopped too late
-                shutil.rmtree(out)
-                continue
-            self.assertEqual(running.returncode, BAD_DATA, says)
-            self.assertRegex(says, r"q_proj.weight: model.safetensors: was cut short: it ends at byte \d+ or before, \d+ more are needed")
-            self.assertEqual(sorted(contents(out)), [JOURNAL])
-            return
-        self.fail("never stopped in time")
-
-    @unittest.skipUnless(shutil.which("unshare"), "no unshare: a small disk cannot be mounted")
-    def test_small_disk(self):
-        """A tmpfs that holds all but the last shard: the error has both numbers, and a larger disk goes on with what is there."""
-        model, out = self.experts(), self.folder / "disk" / "out"
-        wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
-        size = sum(len(v) for v in wanted.values()) // 4096 * 4096 - 40960
-        out.parent.mkdir()
-        copy = self.folder / "copy"
-        script = """mount -t tmpfs -o size=$1 none "$2" || exit 77
-            shift; disk=$1; copy=$2; shift 2
-            "$@"; status=$?
-            cp -r "$disk/out" "$copy"; exit $status"""
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", str(size), out.parent, copy, PROGRAM, "quantize", model, out,
-                               "--max-shard-size", "60K"], capture_output=True, text=True)  # fmt: skip
-        if done.returncode == 77 or "unshare" in done.stderr:
-            self.skipTest(f"tmpfs cannot be mounted: {done.stderr.strip()}")
-        self.assertEqual(done.returncode, BAD_DATA, done.stderr)
-        self.assertRegex(done.stderr, r"/out/model-\d+-of-\d+.safetensors: \d+ bytes: No space left on device: \d+ bytes are free")
-        self.assertGreater(len(contents(copy)), 2)
-        for name, data in contents(copy).items():
-            self.assertTrue(name == JOURNAL or wanted[name] == data, name)
-        self.moe4("quantize", model, copy, "--max-shard-size", "60K", "--resume")
-        self.assert_same(contents(copy), wanted)
-
-    def test_full_disk(self):
-        model, out = self.experts(), self.folder / "out"
-        wanted = contents(self.quantize(model, "whole", "--max-shard-size", "60K"))
-        largest = max(len(v) for v in wanted.values())
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, resource.RLIM_INFINITY))
-
-        says = self.error("quantize", model, out, "--max-shard-size", "60K", status=BAD_DATA, preexec_fn=limit)
-        self.assertRegex(says, r"/out/model-0000\d-of-0000\d.safetensors: .*File too large")
-        for name, data in contents(out).items():
-            self.assertTrue(name == JOURNAL or wanted[name] == data, name)
-        self.moe4("quantize", model, out, "--max-shard-size", "60K", "--resume")
-        self.assert_same(contents(out), wanted)
-
-    def test_killed_at_any_moment(self):
-        self.kill_and_resume(self.experts(), "--max-shard-size", "20K")
-
-    def test_killed_while_calibrating(self):
-        self.kill_and_resume(TINY, "--max-shard-size", "20K", "--calibrate", TINY_IDS, "--search")
-
-    def kill_and_resume(self, model, *args):
-        start = time.monotonic()
-        wanted = contents(self.quantize(model, "whole", *args))
-        seconds = time.monotonic() - start
-        n_times, n_killed = int(os.environ.get("MOE4_KILLS", 6)), 0
-        rng = random.Random(time.time_ns())
-        for i in range(n_times):
-            out = self.folder / f"out{i}"
-            running = subprocess.Popen([PROGRAM, "quantize", model, out, *args], stdout=subprocess.DEVNULL)
-            time.sleep(rng.uniform(0, seconds))
-            running.kill()
-            n_killed += running.wait() != 0
-            for name, data in contents(out).items() if out.exists() else ():
-                if name != JOURNAL and not name.startswith(".moe4-"):
-                    self.assertEqual(data, wanted[name], name)
-            self.moe4("quantize", model, out, *args, "--resume")
-            self.assert_same(contents(out), wanted)
-            shutil.rmtree(out)
-        self.assertGreater(n_killed, 0)
 
     # ---- the whole model ----
 
