@@ -302,6 +302,11 @@ int main(int argc, char **argv) {
             for (auto &width : widths)
                 if (T < 1024 || width.columns > 80) go(T, MOE4_ACT_W4A16, {width.name, false, true, 24, 7, 1, width.columns});
             go(T, MOE4_ACT_W4A16, {"prepare", false, true, 24, 1, 1, 256});
+            if (T >= 512) {
+                int wide = columns == 160 ? 160 : 256;
+                go(T, MOE4_ACT_W4A16, {"prepare+gate/up", false, true, 24, 9, 1, wide});
+                go(T, MOE4_ACT_W4A16, {"down", false, true, 24, 16, 1, wide});
+            }
             go(T, MOE4_ACT_W4A16, {"combine", false, true, 24, 4, 1, 256});
         }
         CUDA(cudaFree((void *)w.gate_up));

@@ -38,10 +38,13 @@ static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
     return make_int2(before.x + s.x - v.x, before.y + s.y - v.y);
 }
 
-static __device__ void write_tiles(moe4_tile *tiles, int expert, int first, int n, int head, int n_tiles) {
-    for (int i = 0; i < n_tiles; i++) { /* an even split: n/n_tiles each, the first n%n_tiles one more */
-        int base = n / n_tiles, rest = n % n_tiles;
-        tiles[head + i] = {expert, first + i * base + min(i, rest), base + (i < rest), head, n_tiles};
+/* An even split in steps of `step` columns: the first tiles have one more, the last what is left. */
+static __device__ void write_tiles(moe4_tile *tiles, int expert, int first, int n, int head, int n_tiles, int step) {
+    int steps = (n + step - 1) / step, at = 0;
+    for (int i = 0; i < n_tiles; i++) {
+        int columns = min((steps / n_tiles + (i < steps % n_tiles)) * step, n - at);
+        tiles[head + i] = {expert, first + at, columns, head, n_tiles};
+        at += columns;
     }
 }
 
@@ -73,7 +76,7 @@ static __device__ int3 sort_many(const moe4_layer_run &run) {
         if (e < n_experts) {
             run.expert_slots[e] = sum;
             int place = base.x + at.x;
-            if (mine.y) write_tiles(run.tiles, e, place, sum, base.y + at.y, mine.y);
+            if (mine.y) write_tiles(run.tiles, e, place, sum, base.y + at.y, mine.y, 1);
             for (int w = 0; w < WARPS; w++) {
                 int c = counts[w * n_experts + e];
                 counts[w * n_experts + e] = place;
@@ -83,7 +86,7 @@ static __device__ int3 sort_many(const moe4_layer_run &run) {
         if (run.prefill_from) {
             int2 columns = {0, prefill ? (sum + run.prefill_columns - 1) / run.prefill_columns : 0}, all;
             int head = prefill_base + scan_block(columns, &all, scratch).y;
-            if (prefill) write_tiles(run.prefill_tiles, e, base.x + at.x, sum, head, columns.y);
+            if (prefill) write_tiles(run.prefill_tiles, e, base.x + at.x, sum, head, columns.y, 16);
             prefill_base += all.y;
         }
         base = make_int2(base.x + total.x, base.y + total.y);
@@ -133,7 +136,7 @@ static __device__ int3 sort_few(const moe4_layer_run &run) {
         head += expert[i] < e ? tiles[i] : 0;
         n_tiles += tiles[i];
     }
-    if (first) write_tiles(run.tiles, e, before, same, head, mine);
+    if (first) write_tiles(run.tiles, e, before, same, head, mine, 1);
     return make_int3(n_tiles, n_slots, hit);
 }
 

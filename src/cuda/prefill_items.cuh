@@ -1,0 +1,133 @@
+/* The work items of the prefill kernel, and the warps that feed its consumers: one draws tickets and copies weights and activations into a
+ * ring of stages, three look up what the end of an item needs. */
+#ifndef MOE4_CUDA_PREFILL_ITEMS_CUH
+#define MOE4_CUDA_PREFILL_ITEMS_CUH
+
+#include "prefill.cuh"
+#include "product.cuh"
+
+#define PREFILL_ITEMS 3 /* looked up ahead of the one that is consumed */
+#define PREFILL_LOADERS 128
+
+/* A kernel: its consuming warpgroups, each with 64 rows of an item; the columns that an item may have; the columns that its products have
+ * at least. wgmma with A in registers takes 64 cycles whatever its columns, up to 128: fewer would save nothing. */
+template <int GROUPS, int COLUMNS, int FEWEST> struct prefill_shape {
+    static constexpr int groups = GROUPS, columns = COLUMNS, fewest = FEWEST, threads = GROUPS * 128 + PREFILL_LOADERS;
+    static constexpr int b_bytes = COLUMNS * 128, w_bytes = GROUPS * MOE4_UNIT_BYTES;  /* of a stage: 64 k */
+    static constexpr int left = 227 * 1024 - 1024 - PREFILL_ITEMS * COLUMNS * 8 - 512; /* beside what prefill_shared takes */
+    static constexpr int n_fit = left / (b_bytes + w_bytes), n_stages = n_fit < 12 ? n_fit : 12;
+    static constexpr int shared_bytes = 1024 + n_stages * (b_bytes + w_bytes);
+    static constexpr int consumer_registers = GROUPS == 2 ? 224 : GROUPS == 3 ? 152 : 104, loader_registers = 56;
+    static __host__ __device__ constexpr int items(int row_tiles) { return (row_tiles + GROUPS - 1) / GROUPS; }
+};
+
+struct prefill_item {
+    moe4_tile tile;
+    int phase;    /* 0: no more work */
+    int index;    /* of the tile */
+    int row_tile; /* first of the item's */
+    int n_tiles;  /* row tiles */
+    int units;    /* of k */
+    int nt;       /* columns, rounded up */
+};
+
+struct column {
+    int row; /* of h, or the slot whose o it is */
+    float factor;
+};
+
+template <class S> struct prefill_shared {
+    uint64_t full[S::n_stages], empty[S::n_stages], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS];
+    prefill_item item[PREFILL_ITEMS];
+    column columns[PREFILL_ITEMS][S::columns];
+};
+
+template <class S> static __device__ __forceinline__ prefill_item place_item(const moe4_layer_run &run, int phases, int ticket) {
+    prefill_item item;
+    int n_tiles = run.state->n_prefill_tiles;
+    int gate_up_items = S::items(run.w.gate_up_tiles), down_items = S::items(run.w.down_tiles);
+    int n_gate_up = phases & MOE4_PHASE_GATE_UP ? n_tiles * gate_up_items : 0, n_down = phases & MOE4_PHASE_DOWN ? n_tiles * down_items : 0;
+    int items = 1;
+    item.phase = 0;
+    if (ticket < n_gate_up) {
+        item.phase = MOE4_PHASE_GATE_UP;
+        items = gate_up_items;
+    } else if ((ticket -= n_gate_up) < n_down) {
+        item.phase = MOE4_PHASE_DOWN;
+        items = down_items;
+    }
+    if (!item.phase) return item;
+    moe4_tile head = run.prefill_tiles[ticket / items]; /* an expert's items go row tile by row tile, so that its tiles meet in L2 */
+    int local = ticket - head.head * items;
+    item.row_tile = local / head.n_tiles * S::groups;
+    item.index = head.head + local % head.n_tiles;
+    item.tile = run.prefill_tiles[item.index];
+    bool down = item.phase == MOE4_PHASE_DOWN;
+    item.units = down ? run.w.intermediate_units : run.w.hidden_units;
+    item.n_tiles = min(S::groups, (down ? run.w.down_tiles : run.w.gate_up_tiles) - item.row_tile);
+    item.nt = prefill_columns(item.tile.n);
+    return item;
+}
+
+/* One thread: tickets, weights, activations. */
+template <class S>
+static __device__ __forceinline__ void load_items(const moe4_layer_run &run, int phases, prefill_shared<S> *s, uint32_t stages) {
+    prefill_ring stage = {0, 0}, at = {0, 0};
+    uint64_t once = policy_evict_first();
+    int next = atomicAdd(&run.state->prefill_ticket, 1);
+    for (;;) {
+        prefill_item item = place_item<S>(run, phases, next);
+        mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity ^ 1);
+        s->item[at.i] = item;
+        mbarrier_arrive(smem_address(&s->item_full[at.i]));
+        at.next(PREFILL_ITEMS);
+        if (!item.phase) return;
+        next = atomicAdd(&run.state->prefill_ticket, 1); /* its latency passes while the stages load */
+        bool down = item.phase == MOE4_PHASE_DOWN;
+        if (down && phases & MOE4_PHASE_GATE_UP) {
+            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) __nanosleep(32);
+            fence_proxy_async();
+        }
+        uint32_t unit_bytes = (uint32_t)item.nt * 128;
+        const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.index, item.units);
+        const uint8_t *weights = (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes
+                                       : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
+                                 (size_t)item.row_tile * (size_t)item.units * MOE4_UNIT_BYTES;
+        for (int u = 0; u < item.units; u++) {
+            uint32_t full = smem_address(&s->full[stage.i]);
+            uint32_t w = stages + (uint32_t)(S::n_stages * S::b_bytes + stage.i * S::w_bytes);
+            mbarrier_wait(smem_address(&s->empty[stage.i]), stage.parity ^ 1);
+            mbarrier_arrive_expect(full, (uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes);
+            bulk_load(stages + (uint32_t)(stage.i * S::b_bytes), rows, unit_bytes, full);
+            rows += unit_bytes;
+#pragma unroll
+            for (int r = 0; r < S::groups; r++) {
+                if (r >= item.n_tiles) break;
+                bulk_load_streaming(w + (uint32_t)r * MOE4_UNIT_BYTES,
+                                    weights + ((size_t)r * (size_t)item.units + (size_t)u) * MOE4_UNIT_BYTES, MOE4_UNIT_BYTES, full, once);
+            }
+            stage.next(S::n_stages);
+        }
+    }
+}
+
+/* Three warps: where the columns of an item go, and their factors. */
+template <class S> static __device__ __forceinline__ void look_up_columns(const moe4_layer_run &run, prefill_shared<S> *s, int t) {
+    prefill_ring at = {0, 0};
+    for (;;) {
+        mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
+        const prefill_item &item = s->item[at.i];
+        if (!item.phase) return;
+        bool down = item.phase == MOE4_PHASE_DOWN;
+        for (int c = t; c < item.tile.n; c += PREFILL_LOADERS - 32) {
+            int r = item.tile.first + c, slot = run.slots[r];
+            float factor = run.act == MOE4_ACT_W4A16 ? 1.f : down ? run.h_factor[r] : run.x_factor[x_row(run, slot)];
+            s->columns[at.i][c] = {down ? slot : r, factor};
+        }
+        __syncwarp();
+        if ((t & 31) == 0) mbarrier_arrive(smem_address(&s->columns_full[at.i]));
+        at.next(PREFILL_ITEMS);
+    }
+}
+
+#endif
