@@ -640,6 +640,14 @@ typedef enum moe4_stage {
 /* "gate/up", static; "?" for none. */
 MOE4_API const char *moe4_stage_name(moe4_stage stage);
 
+/* A kernel and the routed experts that took it: those with `from` slots or more, up to the next range's `from`. */
+typedef struct moe4_kernel_range {
+    const char *name; /* static */
+    size_t from;
+    size_t tile_slots; /* at most so many slots share a pass over an expert's weights; an expert's are split evenly */
+} moe4_kernel_range;
+enum { MOE4_MAX_KERNEL_RANGES = 4 };
+
 typedef struct moe4_moe_report {
     size_t struct_size;
     uint64_t n_tokens;
@@ -650,9 +658,11 @@ typedef struct moe4_moe_report {
     uint64_t n_nonfinite_rows;     /* rows of x with a NaN or Inf */
     double seconds[MOE4_N_STAGES]; /* wall time, CPU only */
     const char *kernels;           /* which path the products took, such as "w4a4 avx512vnni" or "decode sm_90"; static */
+    moe4_kernel_range kernel[MOE4_MAX_KERNEL_RANGES]; /* which expert took which path, in the order of their slots */
+    size_t n_kernels;                                 /* 0 on the CPU, where all take the same */
 } moe4_moe_report;
 #define MOE4_MOE_REPORT_INIT \
-    { sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, {0}, NULL }
+    { sizeof(moe4_moe_report), 0, 0, 0, 0, 0, 0, {0}, NULL, {{NULL, 0, 0}}, 0 }
 
 /* What the last forward with this workspace did; tokens_per_expert [n_local] in host memory, or NULL. Errors: ARGUMENT
  * (a workspace that is none), DEVICE. On a device it waits for the stream. */

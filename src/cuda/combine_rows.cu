@@ -1,5 +1,6 @@
 /* From the experts' outputs to y where combine.cu does not serve: down has biases, rows keep their places, or a dispatcher says whose they
  * are. A token's rows are added in the order in which they stand, from lists that are made here without a sum that depends on timing. */
+#include "result.cuh"
 #include "slots.cuh"
 
 #define THREADS 128
@@ -10,25 +11,20 @@
 #define SCAN_THREADS 1024
 #define MOST_BLOCKS 4096
 
-static __device__ void store_y(const moe4_combine &c, size_t at, float v) {
-    if (c.y_dtype == MOE4_F32)
-        ((float *)c.y)[at] = v;
-    else
-        ((__nv_bfloat16 *)c.y)[at] = __float2bfloat16_rn(v);
-}
-
 /* ---- row for row ---- */
 
 static __global__ void __launch_bounds__(THREADS)
     rows_kernel(const __grid_constant__ moe4_combine c, const __grid_constant__ moe4_layer_run run) {
     int first = blockIdx.y * COLUMNS, last = min(run.w.hidden, first + COLUMNS);
     for (int p = blockIdx.x, n = run.state->n_slots; p < n; p += gridDim.x) {
-        int slot = run.slots[p];
+        int slot = run.slots[p], e = run.w.bias_down || run.result.y ? slot_expert(run, slot) : 0;
+        if (run.result.y && run.expert_slots[e] >= run.prefill_from) continue; /* the prefill kernel did */
         const float *o = run.o + (size_t)slot * (size_t)run.w.hidden, *bias = run.w.bias_down;
-        if (bias) bias += (size_t)slot_expert(run, slot) * (size_t)run.w.hidden;
+        if (bias) bias += (size_t)e * (size_t)run.w.hidden;
         float weight = c.weights ? c.weights[slot] : 1.f;
         size_t at = (size_t)(slot / run.top_k) * c.y_ld + (size_t)(slot % run.top_k) * (size_t)run.w.hidden;
-        for (int j = first + threadIdx.x; j < last; j += THREADS) store_y(c, at + (size_t)j, weight * (bias ? o[j] + bias[j] : o[j]));
+        for (int j = first + threadIdx.x; j < last; j += THREADS)
+            store_y(c.y, c.y_dtype, at + (size_t)j, weighted_result(o[j], bias ? bias + j : NULL, weight));
     }
 }
 
@@ -136,7 +132,7 @@ static __global__ void __launch_bounds__(THREADS)
         int j = first + threadIdx.x + k * THREADS;
         if (j >= last) continue;
         if (c.shared) sum[k] += c.shared[(size_t)t * (size_t)run.w.hidden + (size_t)j] + (c.shared_bias ? c.shared_bias[j] : 0.f);
-        store_y(c, (size_t)t * c.y_ld + (size_t)j, sum[k]);
+        store_y(c.y, c.y_dtype, (size_t)t * c.y_ld + (size_t)j, sum[k]);
     }
 }
 

@@ -86,10 +86,14 @@ moe4_status moe4_cuda_combine_stage(const struct moe4_moe_call *c);
 moe4_status moe4_cuda_report(const struct moe4_moe_call *c, moe4_moe_report *report, uint64_t *tokens_per_expert);
 
 /* run.c: a run's kernels and its workspace. */
+#define MOE4_PREFILL_TOKENS 96 /* of a batch from which the prefill kernel may run */
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device);
 bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device);
 /* What a report says of the run's products; static. */
 const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device);
+/* The same expert by expert, by the rule by which the device lists tiles. Returns their number. */
+size_t moe4_cuda_kernel_ranges(moe4_kernel_range range[MOE4_MAX_KERNEL_RANGES], const struct moe4_layer_run *r,
+                               const struct moe4_cuda_device *device);
 bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r);
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);
 

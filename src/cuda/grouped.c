@@ -74,11 +74,13 @@ static cudaError_t run(const struct moe4_grouped_call *c, struct moe4_layer_run 
     r.h_wide = r.x_wide;
     r.h_factor = r.x_factor;
     if (is_direct(g)) r.o = c->y;
+    if (r.prefill_from) r.result = (struct moe4_result){.y = c->y, .dtype = g->o.y_dtype, .ld = g->o.y_ld};
     if (g->o.act == MOE4_ACT_BF16)
         error = moe4_cuda_down_wide(&r, c->stream);
     else
         error = moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream)
                                             : moe4_cuda_down(&r, c->stream);
+    if (error == cudaSuccess && r.prefill_from) error = moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream);
     if (error != cudaSuccess || is_direct(g)) return error;
     const struct moe4_combine rows = {.run = &r, .y = c->y, .y_dtype = g->o.y_dtype, .y_ld = g->o.y_ld};
     return moe4_cuda_combine_rows(&rows, c->stream);

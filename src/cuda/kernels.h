@@ -127,6 +127,15 @@ struct moe4_layer_run {
     int *ready;        /* [max_tiles] 1: the rows of h may be read */
     float *o;          /* [n_tokens * top_k, hidden] by slot: the experts' outputs */
 
+    /* Where the prefill kernel's rows are y at once, with bias and weight: slot s is row s / top_k, DIAGONAL: columns from s % top_k *
+     * hidden on. y NULL: they go to o. */
+    struct moe4_result {
+        void *y;
+        moe4_dtype dtype;
+        size_t ld;
+        const float *weights; /* by slot, where top_k is 1; or NULL */
+    } result;
+
     /* where experts may take the prefill kernel */
     struct moe4_tile *prefill_tiles; /* [max_prefill_tiles]; the other list has the other experts' */
     int max_prefill_tiles;
@@ -144,6 +153,11 @@ static inline MOE4_ON_DEVICE int moe4_cuda_marks_h(const struct moe4_layer_run *
 static inline int moe4_cuda_has_options(const struct moe4_layer_run *run) {
     return run->w.bias_gate || run->w.bias_up || run->activation == MOE4_RELU2 || run->h_is_weighted ||
            (run->act_h != MOE4_ACT_DEFAULT && run->act_h != run->act);
+}
+
+/* Every row of x has one slot, so that round_rows puts those of experts that the prefill kernel takes into its tiles at once. */
+static inline MOE4_ON_DEVICE int moe4_cuda_rows_are_slots(const struct moe4_layer_run *run) {
+    return run->slots_are != MOE4_SLOTS_BY_ID || run->x_by_slot || run->act == MOE4_ACT_STATIC || !run->ids;
 }
 
 /* Columns that all tiles of a run may need, their padding included. */
@@ -165,8 +179,8 @@ cudaError_t moe4_cuda_unpack(moe4_bf16 *values, const uint8_t *packed, int rows,
 /* Sorts the slots by expert, stable, and lists the tiles; rounds x. One kernel, but in TENSOR two. */
 cudaError_t moe4_cuda_prepare(const struct moe4_layer_run *run, cudaStream_t stream);
 /* The same in two steps for every other kind of slots and of rounding. Place lists the slots and tiles of rows that stand with their
- * experts; round takes weights, rows that are NVFP4 already, and unquantized experts. After prepare of a run whose x is ready, round
- * serves slots by id. */
+ * experts, or of one expert that has them all; round takes weights, rows that are NVFP4 already, and unquantized experts. After prepare of
+ * a run whose x is ready, round serves slots by id. */
 cudaError_t moe4_cuda_place_rows(const struct moe4_layer_run *run, cudaStream_t stream);
 cudaError_t moe4_cuda_round_rows(const struct moe4_layer_run *run, cudaStream_t stream);
 /* h from h_wide where that is a step of its own (TENSOR). */

@@ -155,15 +155,20 @@ static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4
         narrowed |= nvfp4 && is_narrowed(l, i);
     }
     moe4_cuda_carve_run(&c, r, false);
-    *o = narrowed ? moe4_carve(&c, n_tokens, widest * sizeof **o) : NULL;
+    *o = narrowed && !r->prefill_from ? moe4_carve(&c, n_tokens, widest * sizeof **o) : NULL;
     *bytes = c.used;
     return !c.overflow && (double)r->max_tiles * (double)moe4_units(widest) < INT32_MAX;
 }
 
 bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens) {
+    const size_t most_decoded = MOE4_PREFILL_TOKENS - 1; /* they need fp32 results, more tokens do not */
     struct moe4_layer_run r;
     float *o;
-    return carve(bytes, &r, &o, l, n_tokens, NULL);
+    size_t fewer = 0;
+    if (n_tokens > most_decoded && !carve(&fewer, &r, &o, l, most_decoded, NULL)) return false;
+    bool fits = carve(bytes, &r, &o, l, n_tokens, NULL);
+    if (fewer > *bytes) *bytes = fewer;
+    return fits;
 }
 
 static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_layer_run r, size_t i, float *o) {
@@ -173,33 +178,29 @@ static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_lay
     r.w = p->matrix[i].packed;
     r.w.bias_down = p->matrix[i].bias;
     r.o = is_narrowed(l, i) ? o : c->y[i];
-    cudaError_t error;
-    if (r.prefill_from) /* its one expert has all tokens */
-        error = moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream);
-    else if (moe4_cuda_uses_sm90(device))
-        error = moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream);
-    else
-        error = moe4_cuda_down(&r, c->stream);
+    if (r.prefill_from) r.result = (struct moe4_result){.y = c->y[i], .dtype = l->o.y_dtype, .ld = l->weight[i].rows};
+    if (r.prefill_from) return moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream); /* the one expert has all rows */
+    cudaError_t error =
+        moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream) : moe4_cuda_down(&r, c->stream);
     if (error != cudaSuccess || !is_narrowed(l, i)) return error;
     if (!r.w.bias_down) return moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
     const struct moe4_combine rows = {.run = &r, .y = c->y[i], .y_dtype = l->o.y_dtype, .y_ld = l->weight[i].rows};
     return moe4_cuda_combine_rows(&rows, c->stream);
 }
 
-/* x as a layer's rows whose hidden size is K. */
+/* x as a layer's rows whose hidden size is K; where the prefill kernel reads them, in its tiles. */
 static cudaError_t round_x(const struct moe4_linear_call *c, const struct moe4_layer_run *r, bool lists_slots) {
     struct moe4_layer_run rounds = *r;
+    bool apart = r->prefill_from || moe4_cuda_rounds_apart(r);
+    cudaError_t error = cudaSuccess;
     rounds.w.hidden = r->w.intermediate;
     rounds.w.hidden_units = r->w.intermediate_units;
-    if (!moe4_cuda_rounds_apart(r)) {
+    if (r->x_dtype == MOE4_NVFP4)
+        rounds.x_rows = *(const moe4_nvfp4_rows *)c->x;
+    else
         rounds.x_in = c->x;
-        cudaError_t error = moe4_cuda_prepare(&rounds, c->stream);
-        return error == cudaSuccess && r->prefill_from ? moe4_cuda_prefill_gather(&rounds, rounds.w.hidden_units, c->stream) : error;
-    }
-    struct moe4_layer_run slots = rounds;
-    slots.x_is_ready = 1;
-    rounds.x_rows = *(const moe4_nvfp4_rows *)c->x;
-    cudaError_t error = lists_slots ? moe4_cuda_prepare(&slots, c->stream) : cudaSuccess;
+    if (!apart) return moe4_cuda_prepare(&rounds, c->stream);
+    if (lists_slots) error = moe4_cuda_place_rows(&rounds, c->stream);
     return error == cudaSuccess ? moe4_cuda_round_rows(&rounds, c->stream) : error;
 }
 

@@ -69,6 +69,8 @@ static struct moe4_runs call_runs(const struct moe4_moe_call *c) {
         routed->slots_are = c->counts ? MOE4_SLOTS_BATCHED : MOE4_SLOTS_SORTED;
         routed->given = c->counts ? c->counts : c->offsets;
         routed->max_rows = (int)c->max_rows;
+        if (!c->row_token && routed->prefill_from)
+            routed->result = (struct moe4_result){c->y, o->y_dtype, o->y_ld, o->weighting == MOE4_WEIGHT_AFTER_DOWN ? c->weights : NULL};
     }
     if (o->weighting == MOE4_WEIGHT_ON_X) routed->weight_x = c->weights;
     if (o->weighting == MOE4_WEIGHT_BEFORE_DOWN) routed->weight_h = c->weights;
@@ -149,7 +151,8 @@ static cudaError_t gate_up(const struct moe4_layer_run *run, const struct moe4_c
     int both = MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
     cudaError_t error = moe4_cuda_decode_sm90(run, run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : both, device->n_sms, stream);
     if (error != cudaSuccess || !run->prefill_from) return error;
-    error = moe4_cuda_prefill_gather(run, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
+    bool tiled = !run->x_is_ready && moe4_cuda_rounds_apart(run) && moe4_cuda_rows_are_slots(run);
+    if (!tiled) error = moe4_cuda_prefill_gather(run, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
     if (error != cudaSuccess) return error;
     return moe4_cuda_prefill_sm90(run, run->act == MOE4_ACT_W4A16 ? both : MOE4_PHASE_GATE_UP, device->n_sms, stream);
 }

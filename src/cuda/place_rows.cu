@@ -45,7 +45,7 @@ static __device__ void settle_offsets(const moe4_layer_run &run) {
 static __device__ int count_rows(const moe4_layer_run &run, int e) {
     if (run.slots_are == MOE4_SLOTS_SORTED) return run.row_start[e + 1] - run.row_start[e];
     if (run.slots_are == MOE4_SLOTS_BATCHED) return min(max(run.given[e], 0), run.max_rows);
-    return run.n_tokens;
+    return run.n_tokens; /* DIAGONAL; or by id, where one expert has all */
 }
 
 static __device__ int slot_of(const moe4_layer_run &run, int e, int i) {
@@ -54,29 +54,37 @@ static __device__ int slot_of(const moe4_layer_run &run, int e, int i) {
     return i * run.top_k + e;
 }
 
-static __device__ void list_tiles(const moe4_layer_run &run, int e, int first, int n, int head, int n_tiles) {
+static __device__ void list_tiles(moe4_tile *tiles, int e, int first, int n, int head, int n_tiles) {
     for (int i = 0, at = first; i < n_tiles; i++) {
         int columns = n / n_tiles + (i < n % n_tiles);
-        run.tiles[head + i] = {e, at, columns, head, n_tiles};
+        tiles[head + i] = {e, at, columns, head, n_tiles};
         at += columns;
     }
 }
 
 static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ moe4_layer_run run) {
     __shared__ int first[MOE4_MAX_DEVICE_EXPERTS];
-    int n_slots = 0, n_tiles = 0, hit = 0, lane = threadIdx.x & 31;
+    int n_slots = 0, n_tiles = 0, n_prefill_tiles = 0, hit = 0, lane = threadIdx.x & 31;
     if (run.slots_are == MOE4_SLOTS_SORTED) settle_offsets(run);
     for (int e0 = 0; e0 < run.w.n; e0 += THREADS) {
         int e = e0 + threadIdx.x, slots, tiles;
-        int n = e < run.w.n ? count_rows(run, e) : 0, mine = (n + run.tile_columns - 1) / run.tile_columns;
+        int n = e < run.w.n ? count_rows(run, e) : 0;
+        bool prefill = run.prefill_from && n >= run.prefill_from;
+        int mine = prefill ? 0 : (n + run.tile_columns - 1) / run.tile_columns;
         int at = n_slots + scan_block<sum>(n, &slots) - n, head = n_tiles + scan_block<sum>(mine, &tiles) - mine;
         if (e < run.w.n) {
             run.expert_slots[e] = n;
             first[e] = at;
-            list_tiles(run, e, at, n, head, mine);
+            list_tiles(run.tiles, e, at, n, head, mine);
         }
         n_slots += slots;
         n_tiles += tiles;
+        if (run.prefill_from) {
+            mine = prefill ? (n + run.prefill_columns - 1) / run.prefill_columns : 0;
+            head = n_prefill_tiles + scan_block<sum>(mine, &tiles) - mine;
+            list_tiles(run.prefill_tiles, e, at, n, head, mine);
+            n_prefill_tiles += tiles;
+        }
         hit += __syncthreads_count(n > 0);
     }
     for (int e = threadIdx.x >> 5; e < run.w.n; e += WARPS) {
@@ -84,12 +92,16 @@ static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_cons
         for (int i = lane; i < n; i += 32) run.slots[first[e] + i] = slot_of(run, e, i);
     }
     for (int i = threadIdx.x; i < n_tiles; i += THREADS) run.done[i] = run.ready[i] = 0;
+    for (int i = threadIdx.x; i < n_prefill_tiles; i += THREADS) run.prefill_done[i] = 0;
     if (run.h_amax)
         for (int i = threadIdx.x; i < n_slots; i += THREADS) {
             run.h_amax[i] = 0;
             run.h_saturated[i] = 0;
         }
-    if (threadIdx.x == 0) *run.state = {run.owner, run.n_tokens, n_tiles, n_slots, hit, 0, 1, run.n_summed};
+    if (threadIdx.x == 0) {
+        int by_rows = run.slots_are != MOE4_SLOTS_BY_ID;
+        *run.state = {run.owner, run.n_tokens, n_tiles, n_slots, hit, 0, by_rows, run.n_summed, n_prefill_tiles, 0};
+    }
 }
 
 cudaError_t moe4_cuda_place_rows(const moe4_layer_run *run, cudaStream_t stream) {

@@ -29,13 +29,41 @@ static __device__ __forceinline__ uint32_t prefill_offset(int column, prefill_pl
     return (uint32_t)column * 128 + ((p.chunk ^ ((uint32_t)column & 7)) << 4) + p.byte;
 }
 
-/* Block b (k = 16b .. 16b+15) of a column of a tile. */
-static __device__ __forceinline__ void prefill_store_16(__nv_bfloat16 *tile, int nt, int column, int b, const float v[16]) {
-    char *unit = (char *)tile + (size_t)(b >> 2) * (size_t)nt * 128;
+/* w of four neighbouring lanes, as rows of a square, to its columns; by a whole warp, as lanes with masks of their own would go on alone. */
+static __device__ __forceinline__ void transpose_4(uint32_t *w, int lane) {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        *(__nv_bfloat162 *)(unit + prefill_offset(column, prefill_pair(16 * (b & 3) + 2 * i))) =
-            __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            bool upper = lane & step;
+            uint32_t v = __shfl_xor_sync(0xFFFFFFFFu, upper ? w[i] : w[i + step], step);
+            if (upper)
+                w[i] = v;
+            else
+                w[i + step] = v;
+        }
+}
+
+/* Two chunks of a unit from its four blocks, one in each of four neighbouring lanes: those that lane % 4 = b % 4 stores. A whole warp's. */
+static __device__ __forceinline__ void prefill_chunks(uint4 chunk[2], const float v[16]) {
+    uint32_t w[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        w[i] = *(uint32_t *)&pair;
+    }
+    transpose_4(w, (int)(threadIdx.x & 31));
+    transpose_4(w + 4, (int)(threadIdx.x & 31));
+    chunk[0] = make_uint4(w[0], w[1], w[2], w[3]);
+    chunk[1] = make_uint4(w[4], w[5], w[6], w[7]);
+}
+
+/* Block b (k = 16b .. 16b+15) of a column of a tile: `chunk` of prefill_chunks. */
+static __device__ __forceinline__ void prefill_store_chunks(__nv_bfloat16 *tile, int nt, int column, int b, const uint4 chunk[2]) {
+    char *to = (char *)tile + ((size_t)(b >> 2) * (size_t)nt + (size_t)column) * 128;
+    *(uint4 *)(to + (((b & 3) ^ (column & 7)) << 4)) = chunk[0];
+    *(uint4 *)(to + (((b & 3) ^ 4 ^ (column & 7)) << 4)) = chunk[1];
 }
 
 /* Position in a ring: index and phase parity. */

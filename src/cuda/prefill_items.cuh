@@ -32,7 +32,7 @@ struct prefill_item {
 };
 
 struct column {
-    int row; /* of h, or the slot whose o it is */
+    int row; /* of h; of o, which is its slot, or of y */
     float factor;
 };
 
@@ -121,8 +121,10 @@ template <class S> static __device__ __forceinline__ void look_up_columns(const 
         bool down = item.phase == MOE4_PHASE_DOWN;
         for (int c = t; c < item.tile.n; c += PREFILL_LOADERS - 32) {
             int r = item.tile.first + c, slot = run.slots[r];
-            float factor = run.act == MOE4_ACT_W4A16 ? 1.f : down ? run.h_factor[r] : run.x_factor[x_row(run, slot)];
-            s->columns[at.i][c] = {down ? slot : r, factor};
+            const float *factor = down ? run.h_factor : run.x_factor; /* in w4a16 too, where rows come in NVFP4 */
+            column *to = &s->columns[at.i][c];
+            to->row = !down ? r : run.result.y ? slot / run.top_k : slot;
+            to->factor = factor ? factor[down ? r : x_row(run, slot)] : 1.f;
         }
         __syncwarp();
         if ((t & 31) == 0) mbarrier_arrive(smem_address(&s->columns_full[at.i]));

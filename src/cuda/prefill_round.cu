@@ -36,15 +36,19 @@ static __device__ void round_row(const moe4_layer_run &run, const moe4_tile &til
     int saturated = 0;
     for (int b0 = 0; b0 < blocks; b0 += THREADS) {
         int b = b0 + threadIdx.x, over = 0;
-        if (b < blocks) {
+        if ((b & ~31) < blocks) { /* a whole warp */
             float v[16];
-            if (bad) {
+            uint4 chunk[2];
+            if (b >= blocks) {
+                fill_16(v, 0.f);
+            } else if (bad) {
                 fill_16(v, __uint_as_float(0x7FFFFFFFu));
             } else {
                 load_16(v, in + 16 * b, MOE4_F32);
                 over = round_16(v, S);
             }
-            prefill_store_16(to, nt, column, b, v);
+            prefill_chunks(chunk, v);
+            if (b < blocks) prefill_store_chunks(to, nt, column, b, chunk);
         }
         saturated += __syncthreads_count(over);
     }

@@ -110,6 +110,7 @@ static moe4_status read_report(const struct moe4_moe_call *c, moe4_moe_report *r
     report->n_tokens = x.n_tokens;
     struct moe4_runs all = moe4_cuda_layer_runs(moe, x, c->workspace);
     report->kernels = moe4_cuda_kernels_name(&all.run[0], moe4_cuda_of(moe->ctx));
+    report->n_kernels = moe4_cuda_kernel_ranges(report->kernel, &all.run[0], moe4_cuda_of(moe->ctx));
     MOE4_TRY(report_experts(moe, &all.run[0], report, tokens_per_expert, c->stream));
     if (all.n > 1 && state.n_tokens) report->weight_bytes += weight_bytes(moe->group[1].expert);
     for (size_t g = 0; g < all.n; g++) MOE4_TRY(report_run(moe, &all.run[g], report, c->stream));

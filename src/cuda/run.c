@@ -7,9 +7,8 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 }
 
 /* docs/hopper.md has the measurements. */
-#define PREFILL_TOKENS 96 /* of a batch from which the prefill kernel may run */
-#define PREFILL_FROM 17   /* slots of an expert that it takes */
-#define PREFILL_FEW 65    /* the same where experts get few on average: a few that go another way cost more than they gain */
+#define PREFILL_FROM 17 /* slots of an expert that the prefill kernel takes */
+#define PREFILL_FEW 65  /* the same where experts get few on average: a few that go another way cost more than they gain */
 
 /* Columns of the prefill kernel's tiles, up to so many slots an expert. */
 static const struct width {
@@ -24,11 +23,11 @@ enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the de
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
-    bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r) && !moe4_cuda_rounds_apart(r);
+    bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r);
     int width = 0;
     while (per_expert > WIDTHS[width].up_to) width++;
     r->prefill_from =
-        moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
+        moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= MOE4_PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
     r->prefill_columns = WIDTHS[width].columns;
     r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
 }
@@ -52,6 +51,17 @@ const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct 
     return moe4_cuda_has_options(r) ? "portable, decode sm_90" : "decode sm_90";
 }
 
+size_t moe4_cuda_kernel_ranges(moe4_kernel_range range[MOE4_MAX_KERNEL_RANGES], const struct moe4_layer_run *r,
+                               const struct moe4_cuda_device *device) {
+    size_t n = 0;
+    if (r->act == MOE4_ACT_BF16 || !moe4_cuda_uses_sm90(device) || moe4_cuda_has_options(r))
+        range[n++] = (moe4_kernel_range){moe4_cuda_kernels_name(r, device), 1, (size_t)r->tile_columns};
+    else
+        range[n++] = (moe4_kernel_range){"decode sm_90", 1, (size_t)r->tile_columns};
+    if (r->prefill_from) range[n++] = (moe4_kernel_range){"prefill sm_90", (size_t)r->prefill_from, (size_t)r->prefill_columns};
+    return n;
+}
+
 /* Prepare serves slots by id whose rows are neither NVFP4 already nor weighted, nor stay fp32; round_rows everything else. */
 bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r) {
     return r->slots_are != MOE4_SLOTS_BY_ID || r->x_by_slot || r->act == MOE4_ACT_BF16 || r->x_dtype == MOE4_NVFP4;
@@ -67,6 +77,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     size_t x_units = (size_t)(with_gate_up ? r->w.hidden_units : r->w.intermediate_units);
     moe4_act act_h = r->act_h == MOE4_ACT_DEFAULT ? r->act : r->act_h;
     bool plain = r->act == MOE4_ACT_BF16, rounds_x = !plain && r->act != MOE4_ACT_W4A16;
+    bool all_tiled = r->prefill_from && !with_gate_up && r->slots_are == MOE4_SLOTS_BY_ID; /* a linear has one expert for all rows */
     bool plain_h = act_h == MOE4_ACT_BF16, rounds_h = !plain_h && act_h != MOE4_ACT_W4A16;
     r->max_tiles = (int)(slots / LEAST_COLUMNS + experts);
     r->state = moe4_carve(c, 1, sizeof *r->state); /* first: the report looks for it at the workspace's start */
@@ -85,7 +96,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
         r->h_tiles = with_gate_up ? moe4_carve(c, rows, (size_t)r->w.intermediate_units * MOE4_UNIT_K * sizeof *r->h_tiles) : r->x_tiles;
     }
     if (!r->x_is_ready) {
-        r->x = plain ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
+        r->x = plain || all_tiled ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
         r->x_wide = plain ? moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x_wide) : NULL;
         r->x_factor = rounds_x || r->x_dtype == MOE4_NVFP4 ? moe4_carve(c, x_rows, sizeof *r->x_factor) : NULL;
         r->x_saturated = moe4_carve(c, x_rows, sizeof *r->x_saturated);
