@@ -63,6 +63,8 @@ const char *bench_device_where(const struct bench_device *bench);
 const char *bench_device_name(const struct bench_device *bench);
 const char *bench_device_step(const struct bench_device *bench);
 moe4_act bench_device_act(const struct bench_device *bench);
+/* What a routing's experts ran, an expert a line where slots differ: to be called after a measurement, of its last routing. */
+void bench_device_explain(const struct bench_device *bench);
 /* Ceilings first, then samples for about `seconds`. */
 int bench_device_measure(struct bench_device *bench, struct bench_result *result, size_t n_tokens, double seconds);
 

@@ -11,6 +11,8 @@ struct bench_device {
     moe4_ctx *ctx;
     moe4_moe *moe;
     moe4_ceilings ceilings;
+    moe4_moe_report report; /* of the last routing of the last measurement */
+    uint64_t *slots;        /* [n_experts], of each expert in it */
 };
 
 int bench_device_open(struct bench_device **bench_ret, const struct bench_shape *shape, moe4_act act, const struct cli_common *common,
@@ -22,6 +24,8 @@ int bench_device_open(struct bench_device **bench_ret, const struct bench_shape 
     if (exit_status != CLI_FINE) return exit_status;
     moe4_status status = moe4_ctx_ceilings(b->ctx, &b->ceilings); /* before the weights are made: a device without room says so at once */
     if (status != MOE4_OK) return cli_fail(b->ctx, status, "bench");
+    b->slots = calloc(shape->n_experts, sizeof *b->slots);
+    if (!b->slots) return cli_error(CLI_BAD_DATA, "bench", "out of memory");
     exit_status = bench_layer_open(&b->layer, b->ctx, shape);
     const double start = cli_seconds();
     if (exit_status == CLI_FINE) exit_status = bench_layer_create(&b->moe, b->ctx, &b->layer, act);
@@ -34,6 +38,7 @@ void bench_device_close(struct bench_device *b) {
     bench_layer_close(&b->layer);
     moe4_moe_destroy(b->moe);
     moe4_ctx_destroy(b->ctx);
+    free(b->slots);
     free(b);
 }
 
@@ -120,20 +125,20 @@ static moe4_status sample(const struct bench_device *b, const struct input *in, 
 }
 
 /* Weight bytes of the experts hit, the mean over the routings; and which kernels ran. */
-static moe4_status count_bytes(const struct bench_device *b, const struct input *in, struct bench_result *result) {
+static moe4_status count_bytes(struct bench_device *b, const struct input *in, struct bench_result *result) {
     result->bytes = 0;
     for (size_t r = 0; r < BENCH_ROUTINGS; r++) {
-        moe4_moe_report report = MOE4_MOE_REPORT_INIT;
+        b->report = (moe4_moe_report)MOE4_MOE_REPORT_INIT;
         moe4_status status = queue(b, in, r);
-        if (status == MOE4_OK) status = moe4_moe_report_read(b->moe, &report, NULL, &in->workspace, NULL);
+        if (status == MOE4_OK) status = moe4_moe_report_read(b->moe, &b->report, b->slots, &in->workspace, NULL);
         if (status != MOE4_OK) return status;
-        result->bytes += (double)report.weight_bytes / BENCH_ROUTINGS;
-        result->kernels = report.kernels;
+        result->bytes += (double)b->report.weight_bytes / BENCH_ROUTINGS;
+        result->kernels = b->report.kernels;
     }
     return MOE4_OK;
 }
 
-static moe4_status sample_all(const struct bench_device *b, const struct input *in, struct bench_result *r, double seconds) {
+static moe4_status sample_all(struct bench_device *b, const struct input *in, struct bench_result *r, double seconds) {
     double time[BENCH_MAX_SAMPLES], once;
     moe4_status status = count_bytes(b, in, r); /* the first calls, too */
     if (status == MOE4_OK) status = sample(b, in, 1, &once);
@@ -149,6 +154,44 @@ static moe4_status sample_all(const struct bench_device *b, const struct input *
     f->best_seconds = time[0];
     for (size_t i = 1; i < r->n_samples; i++) f->best_seconds = time[i] < f->best_seconds ? time[i] : f->best_seconds;
     return MOE4_OK;
+}
+
+/* ---- what ran for which expert ---- */
+
+static const moe4_kernel_range *range_of(const moe4_moe_report *report, uint64_t slots) {
+    const moe4_kernel_range *range = NULL;
+    for (size_t i = 0; i < report->n_kernels; i++)
+        if (slots >= report->kernel[i].from) range = &report->kernel[i];
+    return range;
+}
+
+/* Experts with so many slots, as "3, 7, 12"; of many, the first. */
+static void print_experts(const uint64_t *slots, size_t n_experts, uint64_t wanted) {
+    enum { MOST_NAMED = 12 };
+    size_t n = 0;
+    for (size_t e = 0; e < n_experts; e++)
+        if (slots[e] == wanted && n++ < MOST_NAMED) printf("%s%zu", n > 1 ? ", " : "", e);
+    if (n > MOST_NAMED) printf(" and %zu more", n - MOST_NAMED);
+    putchar('\n');
+}
+
+void bench_device_explain(const struct bench_device *b) {
+    const size_t n_experts = b->layer.shape.n_experts;
+    uint64_t last = UINT64_MAX;
+    printf("%6s %7s  %5s  %-22s %-11s  experts (of one routing)\n", "", "", "slots", "kernel", "tiles");
+    for (;;) {
+        uint64_t slots = 0; /* the most below the last line's */
+        for (size_t e = 0; e < n_experts; e++)
+            if (b->slots[e] < last && b->slots[e] > slots) slots = b->slots[e];
+        const moe4_kernel_range *range = range_of(&b->report, slots);
+        if (!slots || !range) break;
+        const uint64_t tiles = (slots + range->tile_slots - 1) / range->tile_slots;
+        char text[48];
+        snprintf(text, sizeof text, "%llu x %llu", (unsigned long long)tiles, (unsigned long long)((slots + tiles - 1) / tiles));
+        printf("%6s %7s  %5llu  %-22s %-11s  ", "", "", (unsigned long long)slots, range->name, text);
+        print_experts(b->slots, n_experts, slots);
+        last = slots;
+    }
 }
 
 static void find_floor(struct bench_result *r) {

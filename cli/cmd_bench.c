@@ -156,7 +156,9 @@ static void print_explanation(const struct output *o) {
         printf("sample         many calls queued one behind the other, with %d routings and inputs in turn, by the clock;\n"
                "               a pause between samples\n"
                "floor          max(bytes / read bandwidth, multiply-adds / ceiling), measured before the samples;\n"
-               "               ceiling: %s\n",
+               "               ceiling: %s\n"
+               "tiles          passes over an expert's weights x the slots that share one; which kernel takes an expert is\n"
+               "               decided on the device, by its slots\n",
                BENCH_ROUTINGS, o->step ? o->step : "not known, as cuBLAS is not found: only memory counts");
     else
         printf("floor          max(bytes / read bandwidth, multiply-adds / ceiling), both medians of samples taken in turn\n"
@@ -230,6 +232,7 @@ static int measure(const struct args *a, const struct measured *m, const struct 
                                     : bench_measure(m->cpu, results, a->tokens[i], a->seconds);
         if (exit_status != CLI_FINE) return exit_status;
         for (size_t j = 0; j < a->n_threads; j++) put_result(o, &results[j]);
+        if (m->device && a->explain && !a->common.json) bench_device_explain(m->device);
     }
     return CLI_FINE;
 }
