@@ -1,87 +1,17 @@
 /* Times the layer on the GPU as docs/hopper.md says: CUDA graphs of several calls with different routing and activations, medians, the
- * ceilings of memory measured in the same run.
+ * ceilings of memory and of cuBLAS measured in the same run. A floor is the larger of two times: the packed bytes of the experts that the
+ * routing hits over read bandwidth, and the operations over cuBLAS' rate.
  *
- *   bench_cuda [SHAPE [T [KERNEL]]]      one table row per (shape, T, mode, kernel) */
+ *   bench_cuda [SHAPE [T [KERNEL]]]      one table row per (shape, T, mode, kernel)
+ *   bench_cuda linear                    linears beside cuBLAS */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <vector>
-
-#include "../src/cuda/nvfp4.cuh"
-#include "../tests/cuda_run.cuh"
+#include "cuda_timing.cuh"
 
 enum { N_CALLS = 8 };
-
-static __device__ uint32_t mix(uint64_t i) {
-    i = (i ^ i >> 31) * 0x9E3779B97F4A7C15u;
-    i = (i ^ i >> 29) * 0xBF58476D1CE4E5B9u;
-    return (uint32_t)(i >> 32);
-}
-/* Random packed units: any code word is valid; scales between 2^-2 and 2^1. */
-static __global__ void fill_units(uint32_t *p, size_t n_words) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_words; i += (size_t)gridDim.x * blockDim.x) {
-        uint32_t r = mix(i);
-        p[i] = i % (MOE4_UNIT_BYTES / 4) < MOE4_UNIT_CODE_BYTES / 4 ? r : (r & 0x0F0F0F0Fu) + 0x70707070u;
-    }
-}
-static __global__ void fill_normal(__nv_bfloat16 *p, size_t n, uint64_t salt) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        float s = 0;
-        for (int j = 0; j < 4; j++) s += (float)(mix(i * 4 + j + salt) & 0xFFFF) / 65536.f;
-        p[i] = __float2bfloat16((s - 2.f) * 1.7f);
-    }
-}
-static __global__ void __launch_bounds__(512) read_kernel(const uint4 *p, size_t n, uint32_t *out) {
-    uint32_t x = 0;
-    size_t stride = (size_t)gridDim.x * 512 * 8;
-    for (size_t i = (size_t)blockIdx.x * 512 * 8 + threadIdx.x; i + 7 * 512 < n; i += stride) {
-        uint4 v[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = __ldcs(p + i + j * 512);
-#pragma unroll
-        for (int j = 0; j < 8; j++) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
-    }
-    if (x == 0x12345) *out = x;
-}
-
-template <class F> static float median_us(int n, F f) {
-    cudaEvent_t a, b;
-    CUDA(cudaEventCreate(&a));
-    CUDA(cudaEventCreate(&b));
-    std::vector<float> t;
-    for (int i = 0; i < n + 3; i++) {
-        CUDA(cudaEventRecord(a, 0));
-        f();
-        CUDA(cudaEventRecord(b, 0));
-        CUDA(cudaEventSynchronize(b));
-        float ms;
-        CUDA(cudaEventElapsedTime(&ms, a, b));
-        if (i >= 3) t.push_back(ms * 1000);
-        usleep(2000);
-    }
-    std::sort(t.begin(), t.end());
-    CUDA(cudaEventDestroy(a));
-    CUDA(cudaEventDestroy(b));
-    return t[t.size() / 2];
-}
-
-static double read_bandwidth(void) {
-    size_t bytes = (size_t)4 << 30;
-    uint4 *p;
-    CUDA(cudaMalloc(&p, bytes));
-    CUDA(cudaMemset(p, 0x5A, bytes));
-    double best = 0;
-    for (int blocks = 132; blocks <= 132 * 16; blocks *= 2) {
-        float us = median_us(9, [&] { read_kernel<<<blocks, 512>>>(p, bytes / 16, (uint32_t *)p); });
-        best = std::max(best, bytes / (us * 1e-6));
-    }
-    CUDA(cudaFree(p));
-    return best;
-}
 
 struct layer_shape {
     const char *name;
@@ -104,7 +34,8 @@ static moe4_packed_experts make_layer(const layer_shape &s) {
     return w;
 }
 
-enum routing { UNIFORM, HOT, ZIPF }; /* HOT: every token picks expert 0; ZIPF: expert e by 1 / (e + 1) */
+/* HOT: every token picks expert 0; HALF: with half of its slots; ZIPF: expert e by 1 / (e + 1). */
+enum routing { UNIFORM, HOT, HALF, ZIPF };
 
 struct variant {
     const char *name;
@@ -114,6 +45,7 @@ struct variant {
     int prefill_from; /* slots from which experts take the prefill kernel */
     int prefill_columns;
     routing slots_by;
+    bool sustained; /* without pauses, for seconds */
 };
 
 /* The products of a run that may have both kinds of experts. */
@@ -139,7 +71,8 @@ static int pick(int n, routing by) {
     return e;
 }
 
-static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe4_act act, const variant &v, double bandwidth, int sms) {
+static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe4_act act, const variant &v, const machine &m) {
+    int sms = m.n_sms;
     moe4_layer_run r = {};
     r.w = w;
     r.act = act;
@@ -165,8 +98,9 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
         for (int t = 0; t < T; t++) {
             std::vector<bool> mine(s.n);
             for (int k = 0; k < s.k; k++) {
-                int e = v.slots_by == HOT && k == 0 ? 0 : pick(s.n, v.slots_by);
-                while (mine[e]) e = pick(s.n, v.slots_by);
+                bool hot = (v.slots_by == HOT && k == 0) || (v.slots_by == HALF && k < s.k / 2);
+                int e = hot ? 0 : pick(s.n, v.slots_by);
+                while (mine[e] && !hot) e = pick(s.n, v.slots_by);
                 id.push_back(e);
                 used[e] = mine[e] = true;
             }
@@ -234,11 +168,20 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     for (int c = 0; c < N_CALLS; c++) one(c, v.stages);
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    float us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / N_CALLS;
-    double floor_us = hit * (double)(w.gate_up_bytes + w.down_bytes) / bandwidth * 1e6;
+    char name[64];
+    float us;
+    snprintf(name, sizeof name, "%s", v.name);
+    if (v.sustained) {
+        sustained loop = sustained_us(2.5, [&] { CUDA(cudaGraphLaunch(exec, 0)); });
+        us = loop.us / N_CALLS;
+        snprintf(name, sizeof name, "%s, sustained, %.0f MHz %.0f W", v.name, loop.mhz, loop.watts);
+    } else {
+        us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / N_CALLS;
+    }
     double flops = 6.0 * s.hidden * s.intermediate * T * s.k;
-    printf("| %s | %d | %s | %s | %.1f | %.1f | %.1f | %.3f | %.0f | %.1e |\n", s.name, T, act == MOE4_ACT_W4A16 ? "w4a16" : "token",
-           v.name, hit, floor_us, us, floor_us / us, flops / us * 1e-6, error);
+    double floor = floor_us(m, hit * (double)(w.gate_up_bytes + w.down_bytes), flops);
+    printf("| %s | %d | %s | %s | %.1f | %.1f | %.1f | %.3f | %.0f | %.1e |\n", s.name, T, act == MOE4_ACT_W4A16 ? "w4a16" : "token", name,
+           hit, floor, us, floor / us, flops / us * 1e-6, error);
     fflush(stdout);
     CUDA(cudaGraphExecDestroy(exec));
     CUDA(cudaGraphDestroy(graph));
@@ -256,10 +199,12 @@ int main(int argc, char **argv) {
     const char *only_shape = argc > 1 ? argv[1] : "", *only_kernel = argc > 3 ? argv[3] : "";
     int only_tokens = argc > 2 ? atoi(argv[2]) : 0;
     cudaDeviceProp device;
+    char why[96];
     CUDA(cudaGetDeviceProperties(&device, 0));
-    int sms = device.multiProcessorCount;
-    double bandwidth = read_bandwidth();
-    printf("%s, %d SMs, read bandwidth %.3f TB/s\n", device.name, sms, bandwidth * 1e-12);
+    moe4_cublas *blas = moe4_cublas_open(why, sizeof why);
+    machine m = {device.multiProcessorCount, read_bandwidth(), blas ? product_rate(blas) : 0};
+    printf("%s, %d SMs, read bandwidth %.3f TB/s, %s %.0f TFLOP/s\n", device.name, m.n_sms, m.bandwidth * 1e-12,
+           blas ? "cuBLAS bf16 8192 x 8192 x 8192" : why, m.flops * 1e-12);
     const layer_shape shapes[] = {{"W1", 7168, 3072, 48, 6}, {"W2", 4096, 2048, 32, 6}, {"small", 256, 128, 32, 6}};
     printf(
         "| shape | T | act | kernel | experts | floor us | us | floor/us | TFLOP/s | error |\n|---|---|---|---|---|---|---|---|---|---|\n");
@@ -270,7 +215,7 @@ int main(int argc, char **argv) {
         CUDA(cudaDeviceSynchronize());
         auto go = [&](int T, moe4_act act, variant v) {
             if ((only_tokens && T != only_tokens) || (*only_kernel && strcmp(only_kernel, v.name))) return;
-            bench(s, w, T, act, v, bandwidth, sms);
+            bench(s, w, T, act, v, m);
         };
         for (int T : {1, 4, 8, 32, 64}) {
             if (!w1 && (T == 4 || T == 32)) continue;
@@ -292,8 +237,10 @@ int main(int argc, char **argv) {
             go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, slots < 20 ? 65 : 17, columns});
             if (T == 256 || T == 1024) {
                 go(T, MOE4_ACT_W4A16, {"mixed, hot", false, true, 24, 7, 17, columns, HOT});
+                go(T, MOE4_ACT_W4A16, {"mixed, half", false, true, 24, 7, 17, columns, HALF});
                 go(T, MOE4_ACT_W4A16, {"mixed, zipf", false, true, 24, 7, 17, columns, ZIPF});
             }
+            if (w1 ? T >= 1024 : T == 4096) go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, 17, columns, UNIFORM, true});
             if (T <= 1024) go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
             static const struct {
                 int columns;
@@ -312,5 +259,7 @@ int main(int argc, char **argv) {
         CUDA(cudaFree((void *)w.gate_up));
         CUDA(cudaFree((void *)w.down));
     }
+    if (!*only_shape || strcmp(only_shape, "linear") == 0) bench_linears(m, blas);
+    moe4_cublas_close(blas);
     return 0;
 }

@@ -59,7 +59,8 @@ static cudaError_t multiply(void *arg) {
     const struct multiplying *m = arg;
     const size_t matrix = (size_t)SIDE * SIDE * sizeof(moe4_bf16);
     float *y = (float *)(m->data + 2 * matrix);
-    return moe4_cublas_product(m->blas, y, m->data, m->data + matrix, SIDE, SIDE, SIDE, NULL) ? cudaGetLastError() : cudaErrorUnknown;
+    return moe4_cublas_product(m->blas, y, CUDA_R_32F, m->data, m->data + matrix, SIDE, SIDE, SIDE, NULL) ? cudaGetLastError()
+                                                                                                          : cudaErrorUnknown;
 }
 
 static moe4_status measure_products(const moe4_ctx *ctx, moe4_ceilings *c, struct moe4_cublas *blas) {

@@ -1,7 +1,6 @@
 #include "cublas.h"
 
 #include <dlfcn.h>
-#include <library_types.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -53,9 +52,9 @@ void moe4_cublas_close(struct moe4_cublas *blas) {
 }
 
 /* cuBLAS counts columns first: y^T [N,T] = w x^T, where w and x as they lie are K x N and K x T. */
-bool moe4_cublas_product(struct moe4_cublas *blas, float *y, const void *x, const void *w, int T, int N, int K, cudaStream_t stream) {
+bool moe4_cublas_product(struct moe4_cublas *blas, void *y, cudaDataType y_type, const void *x, const void *w, int T, int N, int K,
+                         cudaStream_t stream) {
     const float one = 1, zero = 0;
-    return blas->set_stream(blas->handle, stream) == 0 &&
-           blas->gemm(blas->handle, OP_T, OP_N, N, T, K, &one, w, CUDA_R_16BF, K, x, CUDA_R_16BF, K, &zero, y, CUDA_R_32F, N, COMPUTE_32F,
-                      GEMM_DEFAULT) == 0;
+    return blas->set_stream(blas->handle, stream) == 0 && blas->gemm(blas->handle, OP_T, OP_N, N, T, K, &one, w, CUDA_R_16BF, K, x,
+                                                                     CUDA_R_16BF, K, &zero, y, y_type, N, COMPUTE_32F, GEMM_DEFAULT) == 0;
 }
