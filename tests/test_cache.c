@@ -173,6 +173,37 @@ static void test_found_by_content(void **state) {
     layer.experts[0].up.global /= 2;
 }
 
+/* One matrix; packs to as many bytes with twice the rows of half the length. */
+static void run_linear(const char *cache, float *y, moe4_weight w) {
+    moe4_ctx *ctx = open_ctx(cache, NULL);
+    moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
+    moe4_linear *linear;
+    moe4_workspace ws;
+    o.act = MOE4_ACT_TOKEN;
+    OK(ctx, moe4_linear_create(&linear, ctx, &w, 1, &o));
+    OK(ctx, moe4_linear_workspace_bytes(linear, &ws.bytes, 1));
+    ws.data = aligned_alloc(64, ws.bytes);
+    OK(ctx, moe4_linear_forward(linear, (void *[]){y}, NULL, layer.x, 1, &ws, NULL));
+    free(ws.data);
+    moe4_linear_destroy(linear);
+    moe4_ctx_destroy(ctx);
+}
+
+static void test_other_shape(void **state) {
+    (void)state;
+    if (!packs()) skip();
+    const moe4_weight wide = layer.experts[0].gate;
+    moe4_weight tall = wide;
+    tall.rows = 2 * I;
+    tall.cols = H / 2;
+    float y[2 * I], tall_want[2 * I];
+    run_linear(NULL, tall_want, tall);
+    run_linear(folder, y, wide);
+    run_linear(folder, y, tall);
+    assert_string_equal(lines, "");
+    assert_memory_equal(y, tall_want, sizeof y);
+}
+
 static void put(const char *path, const uint8_t *data, size_t bytes) {
     remove(path);
     FILE *f = fopen(path, "wb");
@@ -377,6 +408,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_written_then_mapped, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_every_mode, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_found_by_content, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(test_other_shape, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_damaged_files, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_no_regular_file, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(test_cannot_write, make_folder, remove_folder),

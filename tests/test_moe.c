@@ -495,6 +495,16 @@ static void test_errors(void **state) {
     o = options_for(&f, MOE4_ACT_STATIC);
     expect_error(ctx, f.experts, &o, MOE4_ERROR_ARGUMENT, "expert 1: mode static needs an input_scale for gate and up");
 
+    for (size_t hidden = 48; hidden <= 80; hidden += 32) { /* one block less, one more */
+        char words[80];
+        struct fixture s = make_fixture(hidden, 32, 1, 1, 1, MOE4_NVFP4);
+        o = good;
+        o.shared = s.experts;
+        snprintf(words, sizeof words, "shared expert: hidden size %zu, the routed experts have 64", hidden);
+        expect_error(ctx, f.experts, &o, MOE4_ERROR_ARGUMENT, words);
+        free_fixture(&s);
+    }
+
     moe4_moe *moe;
     OK(ctx, moe4_moe_create(&moe, ctx, f.experts, &good));
     moe4_workspace ws = make_workspace(moe, ctx, f.T);

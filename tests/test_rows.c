@@ -428,6 +428,21 @@ static void test_replace_expert(void **state) {
         assert_memory_not_equal(y, before, sizeof y);
         moe4_moe_destroy(other);
         moe4_moe_destroy(moe);
+
+        moe = make_moe(MOE4_ACT_STATIC, MOE4_WEIGHT_AFTER_DOWN, MOE4_F32);
+        forward(moe, before, x);
+        moe4_weight *parts[] = {&fresh.gate, &fresh.up, &fresh.down};
+        for (int p = 0; p < 3; p++) { /* what static needs of every expert it needs of a new one */
+            const float scale = parts[p]->input_scale;
+            parts[p]->input_scale = 0;
+            assert_int_equal(moe4_moe_replace_expert(moe, 3, &fresh), MOE4_ERROR_ARGUMENT);
+            assert_non_null(strstr(moe4_ctx_error(ctx), "mode static needs an input_scale"));
+            parts[p]->input_scale = scale;
+        }
+        forward(moe, y, x);
+        assert_memory_equal(y, before, sizeof y);
+        OK(ctx, moe4_moe_replace_expert(moe, 3, &fresh));
+        moe4_moe_destroy(moe);
         ref_free_weight(&fresh.gate);
         ref_free_weight(&fresh.up);
         ref_free_weight(&fresh.down);
