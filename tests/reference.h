@@ -3,6 +3,7 @@
 #ifndef MOE4_TEST_REFERENCE_H
 #define MOE4_TEST_REFERENCE_H
 
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -102,7 +103,7 @@ static inline uint64_t ref_round(moe4_ctx *ctx, double *out, const float *x, siz
         for (size_t i = 0; i < k; i++) out[i] = act == MOE4_ACT_BF16 ? x[i] : moe4_bf16_to_float(moe4_bf16_from_float(x[i]));
         return 0;
     }
-    float S = act == MOE4_ACT_STATIC ? 1.f / input_scale : amax == 0 ? 1 : 2688.f / amax;
+    float S = act == MOE4_ACT_STATIC ? fminf(1.f / input_scale, FLT_MAX) : amax == 0 ? 1 : 2688.f / amax;
     moe4_quantize_options q = MOE4_QUANTIZE_OPTIONS_INIT;
     q.recipe = MOE4_RECIPE_ACTIVATION;
     q.global = &S;

@@ -296,6 +296,11 @@ static void test_linear_and_grouped(void **state) {
     REFUSED(moe4_grouped_forward(g, y, NULL, x, (int32_t[]){0, 1, T}, T, &ws, NULL));
     free(ws.data);
     moe4_grouped_destroy(g);
+    go.block_diagonal = 1; /* every row once for each group */
+    TAKEN(moe4_grouped_create(&g, ctx, w, 2, &go));
+    TAKEN(moe4_grouped_workspace_bytes(g, &bytes, INT32_MAX / 2));
+    REFUSED(moe4_grouped_workspace_bytes(g, &bytes, INT32_MAX / 2 + 1));
+    moe4_grouped_destroy(g);
     for (int i = 0; i < 2; i++) ref_free_weight(&w[i]);
 }
 

@@ -317,6 +317,8 @@ static void test_shared_expert(void **state) {
             run(ctx, y, &f, &o, f.x, f.ids32, f.T, &report);
             assert_true(ref_relative(y, want, f.T * f.H) < 5e-4);
             assert_int_equal(report.n_saturated_blocks, n_saturated);
+            const size_t expert_bytes = 3 * 64 * 32 * 9 / 16, shared_bytes = mixed ? 3 * 64 * 80 * 2 : 3 * 64 * 80 * 9 / 16;
+            assert_int_equal(report.weight_bytes, report.n_experts_hit * expert_bytes + shared_bytes);
             free(y);
             free(want);
             free_fixture(&f);

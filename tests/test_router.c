@@ -195,6 +195,17 @@ static void test_ties_and_extremes(void **state) {
         for (int i = 9; i < 12; i++) assert_true(isnan(w[i]) && ids[i] == i - 9);
         moe4_router_destroy(r);
     }
+    /* sigmoids of both are 1 */
+    const float logits[] = {40, 50, -3, 50};
+    moe4_router_options o = options(MOE4_ROUTER_SIGMOID_TOP1, 4, 1);
+    moe4_router *r;
+    int32_t id;
+    float w;
+    OK(ctx, moe4_router_create(&r, ctx, NULL, NULL, &o));
+    OK(ctx, moe4_router_select(r, &id, &w, logits, NULL, 1, NULL));
+    assert_int_equal(id, 1);
+    assert_true(w == 1);
+    moe4_router_destroy(r);
     moe4_ctx_destroy(ctx);
 }
 
@@ -345,10 +356,53 @@ static void test_alt_bias_of_a_checkpoint(void **state) {
     moe4_ctx_destroy(ctx);
 }
 
+/* A layer that routes by token id has no use for it. */
+static void test_alt_bias_beside_a_hash_table(void **state) {
+    (void)state;
+    float data[32 + 4 + 4] = {0};
+    static const int64_t table[2] = {3, 1};
+    memcpy(data + 36, table, sizeof table);
+    moe4_ctx *ctx;
+    moe4_checkpoint *ckpt;
+    moe4_router *r;
+    assert_int_equal(moe4_ctx_create(&ctx, NULL), MOE4_OK);
+    files_make();
+    files_text("config.json",
+               "{\"model_type\":\"deepseek_v4\",\"hidden_size\":8,\"vocab_size\":2,\"num_hidden_layers\":1,\"num_hash_layers\":1,"
+               "\"n_routed_experts\":4,\"num_experts_per_tok\":1,\"moe_intermediate_size\":16}");
+    files_safetensors("model.safetensors",
+                      "{\"layers.0.ffn.gate.weight\":{\"dtype\":\"F32\",\"shape\":[4,8],\"data_offsets\":[0,128]},"
+                      "\"layers.0.ffn.gate.bias_vl\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[128,144]},"
+                      "\"layers.0.ffn.gate.tid2eid\":{\"dtype\":\"I64\",\"shape\":[2,1],\"data_offsets\":[144,160]}}",
+                      data, sizeof data);
+    OK(ctx, moe4_checkpoint_open(&ckpt, ctx, files_path("")));
+    OK(ctx, moe4_router_create_from_checkpoint(&r, ctx, ckpt, 0, NULL));
+    moe4_router_tokens tokens = MOE4_ROUTER_TOKENS_INIT;
+    tokens.token_ids = (const int32_t[]){1, 0};
+    static const float logits[8];
+    int32_t ids[2];
+    float weights[2];
+    OK(ctx, moe4_router_select(r, ids, weights, logits, &tokens, 2, NULL));
+    assert_int_equal(ids[0], 1);
+    assert_int_equal(ids[1], 3);
+    tokens.alt_bias = (const uint8_t[]){0, 1};
+    assert_int_equal(moe4_router_select(r, ids, weights, logits, &tokens, 2, NULL), MOE4_ERROR_ARGUMENT);
+    assert_non_null(strstr(moe4_ctx_error(ctx), "no second bias"));
+    moe4_router_destroy(r);
+    moe4_checkpoint_close(ckpt);
+    files_remove();
+    moe4_ctx_destroy(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_select),  cmocka_unit_test(test_hash_tables), cmocka_unit_test(test_ties_and_extremes),
-        cmocka_unit_test(test_forward), cmocka_unit_test(test_errors),      cmocka_unit_test(test_alt_bias_of_a_checkpoint),
+        cmocka_unit_test(test_select),
+        cmocka_unit_test(test_hash_tables),
+        cmocka_unit_test(test_ties_and_extremes),
+        cmocka_unit_test(test_forward),
+        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_alt_bias_of_a_checkpoint),
+        cmocka_unit_test(test_alt_bias_beside_a_hash_table),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

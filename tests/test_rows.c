@@ -290,6 +290,39 @@ static void test_nvfp4_rows(void **state) {
     }
 }
 
+/* The routing weight on x is a factor of the row's global scale: its codes are what they are. */
+static void test_nvfp4_rows_weighted(void **state) {
+    (void)state;
+    static struct quantized q;
+    static struct dispatched d;
+    static uint8_t codes[N_SLOTS * H / 2], scales[N_SLOTS * H / 16];
+    static float global[N_SLOTS], weighted[N_SLOTS], want[N_SLOTS * H], got[N_SLOTS * H];
+    for (int isa = 0; isa < N_ISAS; isa++) {
+        open_ctx(isa_masks[isa]);
+        quantize(&q);
+        dispatch(&d);
+        for (int r = 0; r < N_SLOTS; r++) {
+            const size_t t = (size_t)d.token[r];
+            memcpy(codes + r * H / 2, q.codes + t * H / 2, H / 2);
+            memcpy(scales + r * H / 16, q.linear + t * H / 16, H / 16);
+            global[r] = q.decode[t];
+            weighted[r] = q.decode[t] * d.weight[r];
+        }
+        moe4_nvfp4_rows rows = {codes, scales, MOE4_SCALES_LINEAR, weighted, 1};
+        moe4_moe *moe = make_moe(MOE4_ACT_TOKEN, MOE4_WEIGHT_ON_X, MOE4_NVFP4);
+        size_t bytes;
+        OK(ctx, moe4_moe_rows_workspace_bytes(moe, &bytes, N_SLOTS, 0));
+        moe4_workspace ws = poisoned(bytes);
+        OK(ctx, moe4_moe_forward_sorted(moe, want, &rows, d.offsets, NULL, NULL, N_SLOTS, 0, &ws, NULL));
+        rows.global = global;
+        OK(ctx, moe4_moe_forward_sorted(moe, got, &rows, d.offsets, d.weight, NULL, N_SLOTS, 0, &ws, NULL));
+        assert_memory_equal(got, want, sizeof want);
+        free(ws.data);
+        moe4_moe_destroy(moe);
+        moe4_ctx_destroy(ctx);
+    }
+}
+
 /* ---- grouped ---- */
 
 static void run_linear(float *y, const moe4_weight *w, moe4_act act, const float *rows, size_t n) {
@@ -389,6 +422,15 @@ static void test_grouped_errors(void **state) {
     assert_int_equal(moe4_grouped_forward(g, buffer, NULL, buffer, offsets, 1, &ws, NULL), MOE4_ERROR_ARGUMENT);
     assert_non_null(strstr(moe4_ctx_error(ctx), "block-diagonal"));
     moe4_grouped_destroy(g);
+    o.x_dtype = MOE4_NVFP4;
+    OK(ctx, moe4_grouped_create(&g, ctx, w, 1, &o));
+    static const uint8_t bytes[512];
+    moe4_nvfp4_rows rows = {bytes, bytes, MOE4_SCALES_128X4, (const float[]){1}, 0};
+    assert_int_equal(moe4_grouped_forward(g, buffer, NULL, &rows, NULL, 1, &ws, NULL), MOE4_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(moe4_ctx_error(ctx), "need linear scales"));
+    rows.layout = MOE4_SCALES_LINEAR;
+    OK(ctx, moe4_grouped_forward(g, buffer, NULL, &rows, NULL, 1, &ws, NULL));
+    moe4_grouped_destroy(g);
     OK(ctx, moe4_grouped_create(&g, ctx, w, 1, NULL));
     assert_int_equal(moe4_grouped_forward(g, buffer, NULL, buffer, NULL, 1, &ws, NULL), MOE4_ERROR_ARGUMENT);
     assert_int_equal(moe4_grouped_forward(g, buffer, NULL, buffer, offsets, 0, &ws, NULL), MOE4_ERROR_ARGUMENT); /* 1 of 0 rows */
@@ -452,9 +494,13 @@ static void test_replace_expert(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_sorted),         cmocka_unit_test(test_sorted_drops_and_leaves),
-        cmocka_unit_test(test_batched),        cmocka_unit_test(test_nvfp4_rows),
-        cmocka_unit_test(test_grouped),        cmocka_unit_test(test_grouped_errors),
+        cmocka_unit_test(test_sorted),
+        cmocka_unit_test(test_sorted_drops_and_leaves),
+        cmocka_unit_test(test_batched),
+        cmocka_unit_test(test_nvfp4_rows),
+        cmocka_unit_test(test_grouped),
+        cmocka_unit_test(test_grouped_errors),
+        cmocka_unit_test(test_nvfp4_rows_weighted),
         cmocka_unit_test(test_replace_expert),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

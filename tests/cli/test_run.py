@@ -148,6 +148,13 @@ class Bundled(CliCase):
         self.assertFalse(result["check"]["passed"])
         self.json(*arguments, "--tol", "0.5")
 
+    def test_nothing_is_near_zeros(self):
+        zeros = self.folder / "zeros.safetensors"
+        tensors.write(zeros, {"y": ("F32", [256, 256], [0] * 65536)})
+        check = self.json("run", MODEL, "--layer", 3, "--input", X3, "--check", f"{zeros}:y", "--tol", "1e9", status=BAD_DATA)["check"]
+        self.assertEqual((check["passed"], check["relative_l2"]), (False, None))
+        self.assertGreater(check["largest"], 0)
+
     def test_wrong_check(self):
         other = self.folder / "other.safetensors"
         tensors.write(other, {"y": ("F32", [2, 256], [0] * 512), "i": ("I32", [256, 256], [0] * 65536)})
@@ -168,7 +175,8 @@ class Bundled(CliCase):
         self.assertEqual((result["nonfinite_rows"], result["tokens"]), (1, 3))
         self.assertTrue(all(math.isnan(v) for v in y[256:512]))
         self.assertTrue(all(math.isfinite(v) for v in y[:256] + y[512:]))
-        self.json("run", MODEL, "--layer", 0, "--input", x, "--check", f"{out}:y", status=BAD_DATA)  # NaN never passes
+        check = self.json("run", MODEL, "--layer", 0, "--input", x, "--check", f"{out}:y", status=BAD_DATA)["check"]
+        self.assertEqual((check["passed"], check["largest"], check["relative_l2"]), (False, None, None))  # NaN never passes
 
     def test_no_tokens(self):
         x, out = self.folder / "x.safetensors", self.folder / "out.safetensors"
