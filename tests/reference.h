@@ -17,6 +17,22 @@
 
 #include "moe4.h"
 
+/* ---- contexts ---- */
+
+/* For every ISA that this CPU has, one that uses it and not the better ones; ISAs that it lacks come out as those below. */
+static const uint32_t ref_isas[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON,
+                                    MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_AVX512VNNI | MOE4_ISA_NEON | MOE4_ISA_NEONDOT, 0};
+enum { REF_N_ISAS = sizeof ref_isas / sizeof *ref_isas };
+
+static inline moe4_ctx *ref_ctx(size_t n_threads, uint32_t isa_mask) {
+    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
+    moe4_ctx *ctx;
+    o.n_threads = n_threads;
+    o.isa_mask = isa_mask;
+    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
+    return ctx;
+}
+
 /* ---- random numbers: the same on every machine ---- */
 static uint64_t ref_seed = 1;
 static inline uint64_t ref_random(void) {

@@ -5,16 +5,11 @@
 #define GOLDEN MOE4_SOURCE_DIR "/models/novels-18m-golden.safetensors"
 enum { T = 256, H = 256, K = 6, E = 32, T_SHARED = 64 };
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
-enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
-
 static moe4_ctx *ctx;
 static moe4_checkpoint *model, *golden;
 
 static void open_all(uint32_t isa_mask) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.isa_mask = isa_mask;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
+    ctx = ref_ctx(0, isa_mask);
     OK(ctx, moe4_checkpoint_open(&model, ctx, MODEL));
     OK(ctx, moe4_checkpoint_open(&golden, ctx, GOLDEN));
 }
@@ -75,8 +70,8 @@ static void forward(const moe4_moe *moe, float *y, size_t layer, bool twice, moe
 static void test_layers(void **state) {
     (void)state;
     static float y[T * H];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_all(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        open_all(ref_isas[isa]);
         for (size_t layer = 1; layer <= 3; layer++)
             for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
                 moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;

@@ -2,18 +2,6 @@
 #include "reference.h"
 #include "fpu.h"
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
-enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
-
-static moe4_ctx *make_ctx(size_t n_threads, uint32_t isa_mask) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.n_threads = n_threads;
-    o.isa_mask = isa_mask;
-    moe4_ctx *ctx;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-    return ctx;
-}
-
 static void run(moe4_ctx *ctx, void *const *y, const moe4_weight *w, size_t n, const moe4_linear_options *o, const void *x, size_t T,
                 uint64_t *n_saturated) {
     moe4_linear *l;
@@ -31,10 +19,10 @@ static void run(moe4_ctx *ctx, void *const *y, const moe4_weight *w, size_t n, c
 static void test_error_bound(void **state) {
     (void)state;
     static const size_t shapes[][3] = {{1, 1, 16}, {5, 3, 16}, {7, 33, 48}, {130, 40, 64}, {4, 17, 1040}, {3, 70, 528}, {2, 9, 4096}};
-    for (int isa = 0; isa < N_ISAS; isa++)
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_BF16; act++) {
-                moe4_ctx *ctx = make_ctx(2, isa_masks[isa]);
+                moe4_ctx *ctx = ref_ctx(2, ref_isas[isa]);
                 size_t T = shapes[s][0], N = shapes[s][1], K = shapes[s][2];
                 const moe4_dtype wide[] = {MOE4_BF16, MOE4_F16, MOE4_F32};
                 moe4_weight w = ref_random_weight(act == MOE4_ACT_BF16 ? wide[s % 3] : MOE4_NVFP4, N, K);
@@ -84,10 +72,10 @@ static void test_integers_are_exact(void **state) {
     w.global = 0.5f;
     for (size_t i = 0; i < T * K; i++) x[i] = (float)((int)(ref_random() % 9) - 4);
     for (size_t t = 0; t < T; t++) memset(x + t * K + 16 * t, 0, 16 * sizeof *x); /* a block of zeros */
-    static const float input_scales[] = {0x1p-5f, 0x1p-140f}; /* 1 over the second is more than fp32 holds */
-    for (int isa = 0; isa < N_ISAS; isa++)
+    static const float input_scales[] = {0x1p-5f, 0x1p-140f};                     /* 1 over the second is more than fp32 holds */
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (int mode = 0; mode < 3; mode++) {
-            moe4_ctx *ctx = make_ctx(2, isa_masks[isa]);
+            moe4_ctx *ctx = ref_ctx(2, ref_isas[isa]);
             moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
             o.act = mode ? MOE4_ACT_STATIC : MOE4_ACT_W4A16;
             w.input_scale = input_scales[mode == 2];
@@ -114,7 +102,7 @@ static void test_several_matrices(void **state) {
     float *const y[] = {y0, y1, y2};
     w[1].input_scale = 4 * w[0].input_scale;
     w[2].input_scale = 2 * w[0].input_scale;
-    moe4_ctx *ctx = make_ctx(3, 0);
+    moe4_ctx *ctx = ref_ctx(3, 0);
     for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
         moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
         o.act = (moe4_act)act;
@@ -142,12 +130,12 @@ static void test_batch_threads_and_caller_fpu(void **state) {
     for (size_t i = 0; i < T * K; i++) x[i] = ref_normal() * (i % 7 ? 1 : 0x1p-130f); /* subnormals among them */
     moe4_weight w = ref_random_weight(MOE4_NVFP4, N, K);
     for (size_t i = 0; i < N * K / 16; i += 3) ((uint8_t *)w.scale)[i] = (uint8_t)(ref_random() % 8); /* subnormal block scales */
-    for (int isa = 0; isa < N_ISAS; isa++)
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
             o.act = (moe4_act)act;
             for (size_t n = 1; n <= 3; n++) {
-                moe4_ctx *ctx = make_ctx(n, isa_masks[isa]);
+                moe4_ctx *ctx = ref_ctx(n, ref_isas[isa]);
                 uint64_t before = get_fpu();
                 if (n == 2) set_fpu(before | FPU_FLUSH); /* must not matter, and must be there afterwards */
                 run(ctx, (void *[]){n == 1 ? y : again}, &w, 1, &o, x, T, NULL);
@@ -166,7 +154,7 @@ static void test_batch_threads_and_caller_fpu(void **state) {
 
 static void test_errors(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(1, 0);
+    moe4_ctx *ctx = ref_ctx(1, 0);
     moe4_weight w[2] = {ref_random_weight(MOE4_NVFP4, 8, 32), ref_random_weight(MOE4_BF16, 8, 32)};
     moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
     moe4_linear *l;

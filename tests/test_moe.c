@@ -3,18 +3,6 @@
 
 #include "reference.h"
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, 0};
-enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
-
-static moe4_ctx *make_ctx(size_t n_threads, uint32_t isa_mask) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.n_threads = n_threads;
-    o.isa_mask = isa_mask;
-    moe4_ctx *ctx;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-    return ctx;
-}
-
 /* A random layer and a batch for it. */
 struct fixture {
     size_t H, I, E, k, T;
@@ -110,8 +98,8 @@ static void test_random_shapes(void **state) {
             const struct ref_layer layer = {f.experts, 0, f.E, f.k, f.H, f.I, (moe4_act)act, .limit = limit};
             double *want = calloc(f.T * f.H, sizeof *want);
             float *y = malloc(f.T * f.H * sizeof *y);
-            for (int isa = 0; isa < N_ISAS; isa++) {
-                moe4_ctx *ctx = make_ctx(2, isa_masks[isa]);
+            for (int isa = 0; isa < REF_N_ISAS; isa++) {
+                moe4_ctx *ctx = ref_ctx(2, ref_isas[isa]);
                 memset(want, 0, f.T * f.H * sizeof *want);
                 uint64_t n_saturated = ref_forward(ctx, want, &layer, f.x, f.ids, f.weights, f.T);
                 moe4_moe_options o = options_for(&f, (moe4_act)act);
@@ -134,7 +122,7 @@ static void test_random_shapes(void **state) {
 /* bf16 and f16 in, bf16 out, int64 ids, leading dimensions: the same numbers, rounded once. */
 static void test_dtypes_and_strides(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     struct fixture f = make_fixture(64, 32, 6, 3, 21, MOE4_NVFP4);
     enum { LD = 72 };
     float *y = malloc(f.T * f.H * sizeof *y);
@@ -172,11 +160,11 @@ static void test_threads_and_batch_do_not_change_bits(void **state) {
     struct fixture f = make_fixture(544, 96, 12, 4, 57, MOE4_NVFP4);
     size_t bytes = f.T * f.H * sizeof(float);
     float *y = malloc(bytes), *again = malloc(bytes), *one = malloc(f.H * sizeof *one);
-    for (int isa = 0; isa < N_ISAS; isa++)
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             moe4_moe_options o = options_for(&f, (moe4_act)act);
             for (size_t n = 1; n <= 3; n++) {
-                moe4_ctx *ctx = make_ctx(n, isa_masks[isa]);
+                moe4_ctx *ctx = ref_ctx(n, ref_isas[isa]);
                 run(ctx, n == 1 ? y : again, &f, &o, f.x, f.ids32, f.T, NULL);
                 if (n > 1) assert_memory_equal(y, again, bytes);
                 if (n == 1 && act != MOE4_ACT_TENSOR)
@@ -197,7 +185,7 @@ static void test_threads_and_batch_do_not_change_bits(void **state) {
 
 static void test_skipped_and_local_ids(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     struct fixture f = make_fixture(32, 32, 8, 2, 12, MOE4_NVFP4);
     static const int64_t odd[] = {-1, 8, -5, 9, INT64_MAX, INT64_MIN, (int64_t)1 << 32};
     for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) f.ids[i * 3] = odd[i];
@@ -234,7 +222,7 @@ static void test_skipped_and_local_ids(void **state) {
 
 static void test_hot_expert_and_no_tokens(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(3, 0);
+    moe4_ctx *ctx = ref_ctx(3, 0);
     struct fixture f = make_fixture(48, 32, 9, 1, 300, MOE4_NVFP4);
     for (size_t s = 0; s < f.T; s++) f.ids[s] = f.ids32[s] = s == 17 ? 3 : 5;
     moe4_moe_options o = options_for(&f, MOE4_ACT_TOKEN);
@@ -267,7 +255,7 @@ static void test_hot_expert_and_no_tokens(void **state) {
 
 static void test_nan_rows_stay_alone(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     struct fixture f = make_fixture(64, 32, 6, 2, 10, MOE4_NVFP4);
     float *y = malloc(f.T * f.H * sizeof *y), *bad = malloc(f.T * f.H * sizeof *bad), *x = malloc(f.T * f.H * sizeof *x);
     memcpy(x, f.x, f.T * f.H * sizeof *x);
@@ -300,7 +288,7 @@ static void test_nan_rows_stay_alone(void **state) {
 
 static void test_shared_expert(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     for (int mixed = 0; mixed < 2; mixed++)
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             struct fixture f = make_fixture(64, 32, 6, 2, 13, MOE4_NVFP4);
@@ -330,7 +318,7 @@ static void test_shared_expert(void **state) {
 /* Every activation with every place of the routing weight, with biases, in every mode. */
 static void test_activations_and_weightings(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     static const struct ref_layer variants[] = {{.activation = MOE4_SWIGLU},
                                                 {.activation = MOE4_SWIGLU, .alpha = 1.702f, .beta = 1, .limit = 1.5f},
                                                 {.activation = MOE4_GELU_TANH},
@@ -379,7 +367,7 @@ static void test_activations_and_weightings(void **state) {
 /* One expert, no ids: a dense layer. */
 static void test_dense(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(2, 0);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     struct fixture f = make_fixture(64, 48, 1, 1, 19, MOE4_NVFP4);
     moe4_moe_options o = options_for(&f, MOE4_ACT_DEFAULT);
     float *y = malloc(f.T * f.H * sizeof *y), *with_ids = malloc(f.T * f.H * sizeof *y);
@@ -421,7 +409,7 @@ static void *call_often(void *arg) {
 
 static void test_several_callers(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(3, 0);
+    moe4_ctx *ctx = ref_ctx(3, 0);
     struct fixture f = make_fixture(256, 64, 8, 2, 40, MOE4_NVFP4);
     moe4_moe_options o = options_for(&f, MOE4_ACT_TOKEN);
     float *y = malloc(f.T * f.H * sizeof *y);
@@ -449,7 +437,7 @@ static void expect_error(moe4_ctx *ctx, const moe4_expert *experts, const moe4_m
 
 static void test_errors(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(1, 0);
+    moe4_ctx *ctx = ref_ctx(1, 0);
     struct fixture f = make_fixture(64, 32, 4, 2, 5, MOE4_NVFP4);
     const moe4_moe_options good = options_for(&f, MOE4_ACT_TOKEN);
     moe4_expert saved = f.experts[2];

@@ -3,14 +3,6 @@
 
 #include "files.h"
 
-static moe4_ctx *make_ctx(size_t n_threads) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.n_threads = n_threads;
-    moe4_ctx *ctx;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-    return ctx;
-}
-
 static moe4_router_options options(moe4_router_kind kind, size_t E, size_t k) {
     moe4_router_options o = MOE4_ROUTER_OPTIONS_INIT;
     o.kind = kind;
@@ -91,7 +83,7 @@ static void test_select(void **state) {
         {MOE4_ROUTER_SQRTSOFTPLUS_BIAS, 16, 3, 0, 0, 0, 1, 0.1f}, {MOE4_ROUTER_HASH, 64, 6, 0, 0, 1, 1.5f, 2},
         {MOE4_ROUTER_SIGMOID_TOP1, 16, 1, 0, 0, 0, 0, 0},
     };
-    moe4_ctx *ctx = make_ctx(2);
+    moe4_ctx *ctx = ref_ctx(2, 0);
     enum { N = 200, N_TOKEN_IDS = 50 };
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         moe4_router_options o = options(cases[c].kind, cases[c].E, cases[c].k);
@@ -134,7 +126,7 @@ static void test_select(void **state) {
 
 static void test_hash_tables(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(1);
+    moe4_ctx *ctx = ref_ctx(1, 0);
     int32_t table[] = {0, 1, 2, 3, 3, 0}, token_id = 3;
     int64_t wide[] = {0, 1, 2, 3, 3, 0};
     const float logits[4] = {1, 2, 3, 4};
@@ -175,7 +167,7 @@ static void test_hash_tables(void **state) {
 
 static void test_ties_and_extremes(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(1);
+    moe4_ctx *ctx = ref_ctx(1, 0);
     for (int kind = MOE4_ROUTER_SOFTMAX_TOPK; kind <= MOE4_ROUTER_SQRTSOFTPLUS_BIAS; kind++) {
         moe4_router_options o = options((moe4_router_kind)kind, 6, 3);
         o.normalize = 1;
@@ -213,7 +205,7 @@ static void test_ties_and_extremes(void **state) {
 static void test_forward(void **state) {
     (void)state;
     enum { H = 80, E = 24, K = 4, T = 33 };
-    moe4_ctx *ctx = make_ctx(3), *single = make_ctx(1);
+    moe4_ctx *ctx = ref_ctx(3, 0), *single = ref_ctx(1, 0);
     const moe4_dtype dtypes[] = {MOE4_BF16, MOE4_F32, MOE4_F16};
     for (int d = 0; d < 3; d++) {
         moe4_weight gate = ref_random_weight(dtypes[d], E, H);
@@ -260,7 +252,7 @@ static void test_forward(void **state) {
 
 static void test_errors(void **state) {
     (void)state;
-    moe4_ctx *ctx = make_ctx(1);
+    moe4_ctx *ctx = ref_ctx(1, 0);
     moe4_weight gate = ref_random_weight(MOE4_BF16, 8, 32);
     moe4_router_options good = options(MOE4_ROUTER_SIGMOID_BIAS, 8, 2), o;
     good.hidden = 32;

@@ -2,9 +2,6 @@
  * replaced. Held to moe4_moe_forward and moe4_linear_forward, which have references of their own. */
 #include "reference.h"
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON, 0};
-enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
-
 enum { H = 96, I = 48, E = 5, K = 2, T = 23, N_SLOTS = T * K };
 
 static moe4_ctx *ctx;
@@ -35,13 +32,6 @@ static int tear_down(void **state) {
         ref_free_weight(&experts[e].down);
     }
     return 0;
-}
-
-static void open_ctx(uint32_t isa_mask) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    o.n_threads = 2;
-    o.isa_mask = isa_mask;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
 }
 
 static moe4_moe *make_moe(moe4_act act, moe4_weighting weighting, moe4_dtype x_dtype) {
@@ -98,8 +88,8 @@ static void test_sorted(void **state) {
     (void)state;
     static struct dispatched d;
     static float y[T * H], rows[N_SLOTS * H], sum[T * H], reduced[T * H];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         for (int weighting = 0; weighting <= MOE4_WEIGHT_ON_X; weighting++)
             for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
                 moe4_moe *moe = make_moe((moe4_act)act, (moe4_weighting)weighting, MOE4_F32);
@@ -127,7 +117,7 @@ static void test_sorted_drops_and_leaves(void **state) {
     (void)state;
     static struct dispatched d;
     static float rows[N_SLOTS * H], y[T * H];
-    open_ctx(0);
+    ctx = ref_ctx(2, 0);
     moe4_moe *moe = make_moe(MOE4_ACT_TOKEN, MOE4_WEIGHT_AFTER_DOWN, MOE4_F32);
     dispatch(&d);
     size_t bytes;
@@ -172,8 +162,8 @@ static void test_batched(void **state) {
     enum { MAX = 16 };
     static struct dispatched d;
     static float rows[N_SLOTS * H], bx[E * MAX * H], by[E * MAX * H], bw[E * MAX];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             moe4_moe *moe = make_moe((moe4_act)act, MOE4_WEIGHT_AFTER_DOWN, MOE4_F32);
             dispatch(&d);
@@ -235,8 +225,8 @@ static void test_nvfp4_rows(void **state) {
     (void)state;
     static struct quantized q;
     static float y[T * H], got[T * H];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         quantize(&q);
         moe4_nvfp4_rows rows = {q.codes, q.linear, MOE4_SCALES_LINEAR, q.decode, 1};
         const void *const scales[] = {q.linear, q.words, q.tiles};
@@ -297,8 +287,8 @@ static void test_nvfp4_rows_weighted(void **state) {
     static struct dispatched d;
     static uint8_t codes[N_SLOTS * H / 2], scales[N_SLOTS * H / 16];
     static float global[N_SLOTS], weighted[N_SLOTS], want[N_SLOTS * H], got[N_SLOTS * H];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         quantize(&q);
         dispatch(&d);
         for (int r = 0; r < N_SLOTS; r++) {
@@ -361,8 +351,8 @@ static void test_grouped(void **state) {
     for (int g = 0; g < G; g++) w[g] = ref_random_weight(MOE4_NVFP4, N, H);
     w[2].bias = bias;
     for (int i = 0; i < T * G * H; i++) wide_x[i] = ref_normal();
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++) {
             if (act == MOE4_ACT_TENSOR) continue; /* its scale is over all rows of the call */
             moe4_grouped_options o = MOE4_GROUPED_OPTIONS_INIT;
@@ -404,7 +394,7 @@ static void test_grouped(void **state) {
 
 static void test_grouped_errors(void **state) {
     (void)state;
-    open_ctx(0);
+    ctx = ref_ctx(2, 0);
     moe4_weight w[2] = {ref_random_weight(MOE4_NVFP4, 16, 32), ref_random_weight(MOE4_NVFP4, 16, 48)};
     moe4_grouped *g;
     assert_int_equal(moe4_grouped_create(&g, ctx, w, 2, NULL), MOE4_ERROR_ARGUMENT);
@@ -447,8 +437,8 @@ static void test_grouped_errors(void **state) {
 static void test_replace_expert(void **state) {
     (void)state;
     static float y[T * H], want[T * H], before[T * H];
-    for (int isa = 0; isa < N_ISAS; isa++) {
-        open_ctx(isa_masks[isa]);
+    for (int isa = 0; isa < REF_N_ISAS; isa++) {
+        ctx = ref_ctx(2, ref_isas[isa]);
         moe4_moe *moe = make_moe(MOE4_ACT_TOKEN, MOE4_WEIGHT_AFTER_DOWN, MOE4_F32);
         moe4_expert fresh = {ref_random_weight(MOE4_NVFP4, I, H), ref_random_weight(MOE4_NVFP4, I, H), ref_random_weight(MOE4_NVFP4, H, I)};
         moe4_expert saved = experts[3], wrong = fresh;

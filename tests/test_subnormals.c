@@ -3,19 +3,6 @@
 #include "fpu.h"
 #include "reference.h"
 
-static const uint32_t isa_masks[] = {MOE4_ISA_SCALAR, MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_NEON,
-                                     MOE4_ISA_SCALAR | MOE4_ISA_AVX2 | MOE4_ISA_AVX512VNNI | MOE4_ISA_NEON | MOE4_ISA_NEONDOT, 0};
-enum { N_ISAS = sizeof isa_masks / sizeof *isa_masks };
-
-static moe4_ctx *open_ctx(uint32_t isa_mask, size_t n_threads) {
-    moe4_ctx_options o = MOE4_CTX_OPTIONS_INIT;
-    moe4_ctx *ctx;
-    o.isa_mask = isa_mask;
-    o.n_threads = n_threads;
-    assert_int_equal(moe4_ctx_create(&ctx, &o), MOE4_OK);
-    return ctx;
-}
-
 static moe4_workspace poisoned(size_t bytes) {
     moe4_workspace ws = {aligned_alloc(64, (bytes + 63) / 64 * 64), bytes};
     memset(ws.data, 0xFF, bytes);
@@ -42,10 +29,10 @@ static void test_scales_count(void **state) {
     w.global = 1;
     for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)ref_random();
     const moe4_nvfp4_rows rows = {codes, scales, MOE4_SCALES_LINEAR, &one, 0};
-    for (int isa = 0; isa < N_ISAS; isa++)
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (size_t i = 0; i < 2 * sizeof n_rows / sizeof *n_rows; i++) {
             const size_t T = n_rows[i / 2];
-            moe4_ctx *ctx = open_ctx(isa_masks[isa], 2);
+            moe4_ctx *ctx = ref_ctx(2, ref_isas[isa]);
             moe4_linear_options o = MOE4_LINEAR_OPTIONS_INIT;
             o.act = i % 2 ? MOE4_ACT_W4A16 : MOE4_ACT_TOKEN;
             o.x_dtype = MOE4_NVFP4;
@@ -203,7 +190,7 @@ static void run_all(struct results *r, uint32_t isa_mask, size_t n_threads, moe4
     const uint64_t before = get_fpu();
     memset(r, 0, sizeof *r);
     if (flush) set_fpu(before | FPU_FLUSH);
-    moe4_ctx *ctx = open_ctx(isa_mask, n_threads);
+    moe4_ctx *ctx = ref_ctx(n_threads, isa_mask);
     run_layers(r, ctx, act);
     run_matrices(r, ctx, act);
     run_given(r, ctx, act);
@@ -217,11 +204,11 @@ static void test_callers_flush(void **state) {
     (void)state;
     static struct results plain, flushed;
     make_input();
-    for (int isa = 0; isa < N_ISAS; isa++)
+    for (int isa = 0; isa < REF_N_ISAS; isa++)
         for (int act = MOE4_ACT_W4A16; act <= MOE4_ACT_TOKEN; act++)
             for (size_t n_threads = 1; n_threads <= 2; n_threads++) {
-                run_all(&plain, isa_masks[isa], n_threads, (moe4_act)act, false);
-                run_all(&flushed, isa_masks[isa], n_threads, (moe4_act)act, true);
+                run_all(&plain, ref_isas[isa], n_threads, (moe4_act)act, false);
+                run_all(&flushed, ref_isas[isa], n_threads, (moe4_act)act, true);
 #define SAME(part) assert_memory_equal(plain.part, flushed.part, sizeof plain.part)
                 SAME(layer);
                 SAME(sorted);
