@@ -70,6 +70,7 @@ static void carve_run(moe4_layer_run *r) {
     r->tiles = poisoned<moe4_tile>(r->max_tiles);
     r->slots = poisoned<int>(slots);
     r->expert_slots = poisoned<int>(r->w.n);
+    r->share_counts = poisoned<int>((size_t)r->w.n * MOE4_SHARES);
     r->x = poisoned<__nv_bfloat16>(x_rows * hk);
     r->x_factor = wide ? poisoned<float>(x_rows) : NULL;
     r->x_saturated = poisoned<int>(x_rows);
@@ -86,16 +87,17 @@ static void carve_run(moe4_layer_run *r) {
         r->max_prefill_tiles = (int)(slots / r->prefill_columns + (slots < (size_t)r->w.n ? slots : r->w.n));
         r->prefill_tiles = poisoned<moe4_tile>(r->max_prefill_tiles);
         r->prefill_done = poisoned<int>(r->max_prefill_tiles);
+        r->x_places = poisoned<moe4_prefill_place>(slots);
         r->x_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * hk);
         r->h_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * ik);
     }
     r->o = poisoned<float>(slots * r->w.hidden);
 }
 static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,        r->tiles,       r->slots,  r->expert_slots, r->x,      r->x_factor,
-                   r->x_saturated,  r->x_bad,       r->x_amax, r->h_wide,       r->h_amax, r->h,
-                   r->h_factor,     r->h_saturated, r->done,   r->ready,        r->o,      r->prefill_tiles,
-                   r->prefill_done, r->x_tiles,     r->h_tiles};
+    void *all[] = {r->state,        r->tiles,        r->slots,    r->expert_slots, r->x,      r->x_factor,
+                   r->x_saturated,  r->x_bad,        r->x_amax,   r->h_wide,       r->h_amax, r->h,
+                   r->h_factor,     r->h_saturated,  r->done,     r->ready,        r->o,      r->prefill_tiles,
+                   r->share_counts, r->prefill_done, r->x_places, r->x_tiles,      r->h_tiles};
     for (void *p : all) CUDA(cudaFree(p));
 }
 

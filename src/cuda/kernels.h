@@ -35,6 +35,12 @@ struct moe4_tile {
     int n_tiles; /* of the expert */
 };
 
+/* Where a slot's row of x stands in x_tiles. */
+struct moe4_prefill_place {
+    int base;                 /* column at which its tile begins; -1: the slot is not the prefill kernel's */
+    uint16_t column, columns; /* of the tile, rounded up */
+};
+
 /* Which slots an expert has. */
 enum moe4_slots {
     MOE4_SLOTS_BY_ID = 0, /* slot token * top_k + k is the expert's that `ids` names */
@@ -87,6 +93,7 @@ struct moe4_layer_run {
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */
+    int x_is_kept;     /* and reads every row of x */
 
     const void *ids; /* [n_tokens, top_k]; NULL: every slot is expert 0 */
     int ids_are_64bit;
@@ -111,6 +118,7 @@ struct moe4_layer_run {
     int max_tiles;
     int *slots;        /* [n_slots] sorted by expert: token * top_k + k */
     int *expert_slots; /* [n] slots of each expert */
+    int *share_counts; /* [MOE4_SHARES, n] for very many slots */
     int *row_start;    /* [n + 1], SORTED: the offsets, in order and in range; NULL by id */
     moe4_bf16 *x;      /* [n_tokens, hidden_units * 64]; [n_tokens * top_k, …] where slots of a token round it differently */
     float *x_wide;     /* BF16: instead of x */
@@ -139,14 +147,28 @@ struct moe4_layer_run {
     /* where experts may take the prefill kernel */
     struct moe4_tile *prefill_tiles; /* [max_prefill_tiles]; the other list has the other experts' */
     int max_prefill_tiles;
-    int *prefill_done;            /* [max_prefill_tiles] gate/up items that have finished */
-    moe4_bf16 *x_tiles, *h_tiles; /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
+    int *prefill_done;                   /* [max_prefill_tiles] gate/up items that have finished */
+    struct moe4_prefill_place *x_places; /* [n_slots], by slot */
+    moe4_bf16 *x_tiles, *h_tiles;        /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
 };
 
 /* h_wide is full of marks after `prepare`. */
 static inline MOE4_ON_DEVICE int moe4_cuda_marks_h(const struct moe4_layer_run *run) {
     return run->h_wide && run->tile_columns <= MOE4_MARKED_COLUMNS && run->act != MOE4_ACT_TENSOR && run->act != MOE4_ACT_BF16 &&
            run->slots_are == MOE4_SLOTS_BY_ID;
+}
+
+/* `prepare` puts rows of x into the prefill kernel's tiles. */
+static inline MOE4_ON_DEVICE int moe4_cuda_tiles_x(const struct moe4_layer_run *run) {
+    return run->prefill_from && !run->x_is_ready && run->slots_are == MOE4_SLOTS_BY_ID && !run->x_by_slot && run->act != MOE4_ACT_BF16 &&
+           run->x_dtype != MOE4_NVFP4;
+}
+
+/* Slots of a share that `prepare` counts first where there are very many; 0: it does not. At most MOE4_SHARES of them. */
+#define MOE4_SHARES 64
+static inline MOE4_ON_DEVICE int moe4_cuda_share_slots(const struct moe4_layer_run *run) {
+    int64_t slots = (int64_t)run->n_tokens * run->top_k, share = (slots + MOE4_SHARES - 1) / MOE4_SHARES;
+    return slots <= 8192 ? 0 : (int)(share < 512 ? 512 : share);
 }
 
 /* Gate and up with something that only the portable kernel does. */

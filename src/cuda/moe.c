@@ -18,7 +18,7 @@ struct moe4_runs moe4_cuda_layer_runs(const moe4_moe *moe, struct moe4_extent x,
     struct moe4_carver c = {.base = base};
     for (size_t g = 0; g < all.n; g++) {
         struct moe4_layer_run *r = &all.run[g];
-        const struct moe4_layer_run *first = &all.run[0];
+        struct moe4_layer_run *first = &all.run[0];
         *r = (struct moe4_layer_run){.w = *(const struct moe4_packed_experts *)moe->group[g].prepared,
                                      .act = moe->group[g].act_x,
                                      .act_h = moe->group[g].act_h,
@@ -36,6 +36,7 @@ struct moe4_runs moe4_cuda_layer_runs(const moe4_moe *moe, struct moe4_extent x,
                                      .x_dtype = moe->o.x_dtype,
                                      .x_in_ld = moe->o.x_ld};
         if (g && shares_x(r, first)) {
+            first->x_is_kept = 1;
             r->x_is_ready = 1;
             r->x = first->x;
             r->x_wide = first->x_wide;
@@ -151,7 +152,7 @@ static cudaError_t gate_up(const struct moe4_layer_run *run, const struct moe4_c
     int both = MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
     cudaError_t error = moe4_cuda_decode_sm90(run, run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : both, device->n_sms, stream);
     if (error != cudaSuccess || !run->prefill_from) return error;
-    bool tiled = !run->x_is_ready && moe4_cuda_rounds_apart(run) && moe4_cuda_rows_are_slots(run);
+    bool tiled = moe4_cuda_tiles_x(run) || (!run->x_is_ready && moe4_cuda_rounds_apart(run) && moe4_cuda_rows_are_slots(run));
     if (!tiled) error = moe4_cuda_prefill_gather(run, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
     if (error != cudaSuccess) return error;
     return moe4_cuda_prefill_sm90(run, run->act == MOE4_ACT_W4A16 ? both : MOE4_PHASE_GATE_UP, device->n_sms, stream);

@@ -12,9 +12,11 @@ static __host__ __device__ __forceinline__ int prefill_columns(int n) {
 }
 
 /* The tiles' places need no sum over those before: tiles stand in the order of their slots, and 15 more columns are enough for each. */
+static __device__ __forceinline__ int prefill_tile_column(const moe4_tile &tile, int index) {
+    return (tile.first + 15 * index + 15) & ~15;
+}
 static __device__ __forceinline__ __nv_bfloat16 *prefill_tile(__nv_bfloat16 *base, const moe4_tile &tile, int index, int units) {
-    size_t column = (size_t)((tile.first + 15 * index + 15) & ~15);
-    return base + column * (size_t)(units * MOE4_UNIT_K);
+    return base + (size_t)prefill_tile_column(tile, index) * (size_t)(units * MOE4_UNIT_K);
 }
 
 /* Within a unit: chunk and byte of an even k. */
@@ -29,7 +31,8 @@ static __device__ __forceinline__ uint32_t prefill_offset(int column, prefill_pl
     return (uint32_t)column * 128 + ((p.chunk ^ ((uint32_t)column & 7)) << 4) + p.byte;
 }
 
-/* w of four neighbouring lanes, as rows of a square, to its columns; by a whole warp, as lanes with masks of their own would go on alone. */
+/* w of four neighbouring lanes, as rows of a square, to its columns; by a whole warp, as lanes with masks of their own would go on alone.
+ */
 static __device__ __forceinline__ void transpose_4(uint32_t *w, int lane) {
 #pragma unroll
     for (int step = 1; step < 4; step *= 2)
@@ -45,25 +48,37 @@ static __device__ __forceinline__ void transpose_4(uint32_t *w, int lane) {
         }
 }
 
-/* Two chunks of a unit from its four blocks, one in each of four neighbouring lanes: those that lane % 4 = b % 4 stores. A whole warp's. */
+/* A chunk of each of two units from their eight blocks, one in each of eight neighbouring lanes: chunk[i] is chunk lane % 8 of unit i, so
+ * that eight lanes store a whole line. Lane % 8 is b % 8, and all of the warp is here. */
 static __device__ __forceinline__ void prefill_chunks(uint4 chunk[2], const float v[16]) {
     uint32_t w[8];
+    int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
         w[i] = *(uint32_t *)&pair;
     }
-    transpose_4(w, (int)(threadIdx.x & 31));
-    transpose_4(w + 4, (int)(threadIdx.x & 31));
+    transpose_4(w, lane);
+    transpose_4(w + 4, lane);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, lane & 4 ? w[i] : w[i + 4], 4);
+        if (lane & 4)
+            w[i] = other;
+        else
+            w[i + 4] = other;
+    }
     chunk[0] = make_uint4(w[0], w[1], w[2], w[3]);
     chunk[1] = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
-/* Block b (k = 16b .. 16b+15) of a column of a tile: `chunk` of prefill_chunks. */
-static __device__ __forceinline__ void prefill_store_chunks(__nv_bfloat16 *tile, int nt, int column, int b, const uint4 chunk[2]) {
-    char *to = (char *)tile + ((size_t)(b >> 2) * (size_t)nt + (size_t)column) * 128;
-    *(uint4 *)(to + (((b & 3) ^ (column & 7)) << 4)) = chunk[0];
-    *(uint4 *)(to + (((b & 3) ^ 4 ^ (column & 7)) << 4)) = chunk[1];
+/* The units of block b (k = 16b .. 16b+15) of a column of a tile whose rows have `units`. */
+static __device__ __forceinline__ void prefill_store_chunks(__nv_bfloat16 *tile, int nt, int column, int b, int units,
+                                                            const uint4 chunk[2]) {
+    int u = b >> 3 << 1;
+    char *to = (char *)tile + ((size_t)u * (size_t)nt + (size_t)column) * 128 + (((b ^ column) & 7) << 4);
+    if (u < units) *(uint4 *)to = chunk[0];
+    if (u + 1 < units) *(uint4 *)(to + nt * 128) = chunk[1];
 }
 
 /* Position in a ring: index and phase parity. */

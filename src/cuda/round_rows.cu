@@ -119,7 +119,7 @@ static __device__ void store_block(const moe4_layer_run &run, const target &to, 
     if (to.tile) {
         uint4 chunk[2];
         prefill_chunks(chunk, v);
-        if (here) prefill_store_chunks(to.tile, to.columns, to.column, b, chunk);
+        prefill_store_chunks(to.tile, to.columns, to.column, b, run.w.hidden_units, chunk);
     } else if (here && run.act != MOE4_ACT_BF16) {
         store_bf16_16(run.x + at, v);
     } else if (here) {

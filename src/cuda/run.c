@@ -84,6 +84,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     r->tiles = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->tiles);
     r->slots = moe4_carve(c, slots, sizeof *r->slots);
     r->expert_slots = moe4_carve(c, (size_t)r->w.n, sizeof *r->expert_slots);
+    r->share_counts = moe4_cuda_share_slots(r) ? moe4_carve(c, (size_t)r->w.n, MOE4_SHARES * sizeof *r->share_counts) : NULL;
     r->row_start = r->slots_are != MOE4_SLOTS_BY_ID ? moe4_carve(c, (size_t)r->w.n + 1, sizeof *r->row_start) : NULL;
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
@@ -92,6 +93,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
         r->max_prefill_tiles = (int)tiles;
         r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
         r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
+        r->x_places = moe4_carve(c, slots, sizeof *r->x_places);
         r->x_tiles = moe4_carve(c, rows, x_units * MOE4_UNIT_K * sizeof *r->x_tiles);
         r->h_tiles = with_gate_up ? moe4_carve(c, rows, (size_t)r->w.intermediate_units * MOE4_UNIT_K * sizeof *r->h_tiles) : r->x_tiles;
     }

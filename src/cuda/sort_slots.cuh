@@ -1,0 +1,273 @@
+/* The slots of a batch sorted by expert, stable, and the tiles that the products take: prepare.cu calls one of both. Nothing depends on
+ * timing, and blocks wait for none: where several sort, each counts all slots for itself. */
+#ifndef MOE4_CUDA_SORT_SLOTS_CUH
+#define MOE4_CUDA_SORT_SLOTS_CUH
+
+#include "prefill.cuh"
+#include "slots.cuh"
+
+#define SORT_THREADS 512
+#define SORT_WARPS (SORT_THREADS / 32)
+#define SORT_FEW 128 /* slots, at most SORT_THREADS */
+#define SORT_AT_ONCE 16
+
+/* Exclusive sums of a and b over the block; totals to all. */
+static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int2 s = v;
+    for (int d = 1; d < 32; d *= 2) {
+        int x = __shfl_up_sync(0xFFFFFFFFu, s.x, d), y = __shfl_up_sync(0xFFFFFFFFu, s.y, d);
+        if (lane >= d) s = make_int2(s.x + x, s.y + y);
+    }
+    __syncthreads();
+    if (lane == 31) scratch[warp] = s;
+    __syncthreads();
+    int2 before = {0, 0};
+    *total = make_int2(0, 0);
+    for (int w = 0; w < SORT_WARPS; w++) {
+        if (w == warp) before = *total;
+        *total = make_int2(total->x + scratch[w].x, total->y + scratch[w].y);
+    }
+    return make_int2(before.x + s.x - v.x, before.y + s.y - v.y);
+}
+
+#define DECODE_STEP 1 /* tiles are split evenly in steps of so many columns */
+#define PREFILL_STEP 16
+
+/* Tile i of an expert's: the first ones have a step more than the others, the last what is left. */
+template <int STEP> static __device__ moe4_tile split_tile(int expert, int first, int n, int head, int n_tiles, int i) {
+    int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles;
+    int at = (i * base + min(i, rest)) * STEP, columns = min((base + (i < rest)) * STEP, n - at);
+    return {expert, first + at, columns, head, n_tiles};
+}
+
+/* The tile of column `at`. */
+template <int STEP> static __device__ int tile_of(int n, int n_tiles, int at) {
+    int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles, step = at / STEP;
+    return step < rest * (base + 1) ? step / (base + 1) : rest + (step - rest * (base + 1)) / base;
+}
+
+/* What is the run's rather than an expert's, and all counters that the products begin with; by all of `n_threads`. */
+static __device__ void begin_run(const moe4_layer_run &run, int thread, int n_threads, int n_tiles, int n_slots, int n_hit) {
+    for (int i = thread; i < n_tiles; i += n_threads) run.done[i] = run.ready[i] = 0;
+    if (run.h_amax)
+        for (int i = thread; i < n_slots; i += n_threads) {
+            run.h_amax[i] = 0;
+            run.h_saturated[i] = 0;
+        }
+    if (thread == 0) { /* all but the ticket, which may be moving already */
+        run.state->owner = run.owner;
+        run.state->n_tokens = run.n_tokens;
+        run.state->n_tiles = n_tiles;
+        run.state->n_slots = n_slots;
+        run.state->n_experts_hit = n_hit;
+        run.state->by_rows = run.state->n_summed = 0;
+    }
+}
+
+/* ---- few slots: one block, where every thread compares its slot with all others, so that nothing waits but for two barriers ---- */
+
+static __device__ void sort_few(const moe4_layer_run &run) {
+    __shared__ int expert[SORT_FEW], tiles[SORT_FEW];
+    int n = run.n_tokens * run.top_k, s = threadIdx.x, e = s < n ? local_expert(run, s) : -1;
+    for (int i = s; i < run.w.n; i += SORT_THREADS) run.expert_slots[i] = 0;
+    if (s < n) expert[s] = e;
+    __syncthreads();
+    int before = 0, same = 0, same_before = 0;
+    for (int i = 0; e >= 0 && i < n; i++) {
+        int other = expert[i];
+        before += other >= 0 && other < e;
+        same += other == e;
+        same_before += other == e && i < s;
+    }
+    bool first = e >= 0 && same_before == 0;
+    int mine = first ? (same + run.tile_columns - 1) / run.tile_columns : 0;
+    if (s < n) tiles[s] = mine;
+    if (e >= 0) run.slots[before + same_before] = s;
+    if (first) run.expert_slots[e] = same;
+    int n_slots = __syncthreads_count(e >= 0), hit = __syncthreads_count(first), head = 0, n_tiles = 0;
+    for (int i = 0; i < n; i++) {
+        head += expert[i] < e ? tiles[i] : 0;
+        n_tiles += tiles[i];
+    }
+    for (int i = 0; i < mine; i++) run.tiles[head + i] = split_tile<DECODE_STEP>(e, before, same, head, mine, i);
+    begin_run(run, (int)threadIdx.x, SORT_THREADS, n_tiles, n_slots, hit);
+}
+
+/* ---- many: each block of the grid places its own slots ---- */
+
+/* Of each expert, in shared memory. */
+struct expert_places {
+    int *n;       /* slots */
+    int *first;   /* of its sorted slots */
+    int *next;    /* where its next slot of this block goes */
+    int *head[2]; /* first tile of decode's and of prefill's, also for experts that have none; [n]: all */
+};
+
+static __host__ __device__ __forceinline__ size_t expert_places_bytes(int n) {
+    return (size_t)(5 * n + 2) * sizeof(int);
+}
+
+static __device__ expert_places carve_places(int *memory, int n) {
+    return {memory, memory + n, memory + 2 * n, {memory + 3 * n, memory + 4 * n + 1}};
+}
+
+/* counts[e] += slots begin .. end - 1 of expert e, by the block; `after` gets those from `middle` on. */
+static __device__ void count_slots(const moe4_layer_run &run, int *counts, int begin, int middle, int end, int *after) {
+    int e[SORT_AT_ONCE];
+    for (int s0 = begin + (int)threadIdx.x; s0 < end; s0 += SORT_THREADS * SORT_AT_ONCE) {
+#pragma unroll
+        for (int i = 0; i < SORT_AT_ONCE; i++) {
+            int s = s0 + i * SORT_THREADS;
+            e[i] = s < end ? local_expert(run, s) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < SORT_AT_ONCE; i++)
+            if (e[i] >= 0) atomicAdd((s0 + i * SORT_THREADS < middle ? counts : after) + e[i], 1);
+    }
+}
+
+/* Where there are very many slots, other blocks have counted shares of them before. */
+static __global__ void __launch_bounds__(SORT_THREADS) count_kernel(const __grid_constant__ moe4_layer_run run) {
+    extern __shared__ int memory[];
+#if __CUDA_ARCH__ == 900
+    dependency_wait();
+    dependency_launch();
+#endif
+    int share = moe4_cuda_share_slots(&run), begin = (int)blockIdx.x * share, n = run.n_tokens * run.top_k;
+    for (int e = threadIdx.x; e < run.w.n; e += SORT_THREADS) memory[e] = 0;
+    __syncthreads();
+    count_slots(run, memory, begin, n, min(n, begin + share), memory);
+    __syncthreads();
+    for (int e = threadIdx.x; e < run.w.n; e += SORT_THREADS) run.share_counts[(size_t)blockIdx.x * (size_t)run.w.n + e] = memory[e];
+}
+
+/* p.n = all slots of each expert, p.next = those before `begin`. */
+static __device__ void count_all(const moe4_layer_run &run, const expert_places &p, int begin) {
+    int n = run.n_tokens * run.top_k, share = moe4_cuda_share_slots(&run), n_shares = share ? (n + share - 1) / share : 0;
+    int before = share ? begin / share : 0;
+    for (int e = threadIdx.x; e < run.w.n; e += SORT_THREADS) {
+        int all = 0, next = 0;
+#pragma unroll 8
+        for (int i = 0; i < n_shares; i++) {
+            int c = run.share_counts[(size_t)i * (size_t)run.w.n + e];
+            all += c;
+            next += i < before ? c : 0;
+        }
+        p.n[e] = all;
+        p.next[e] = next;
+    }
+    __syncthreads();
+    count_slots(run, p.next, before * share, begin, share ? begin : n, p.n);
+    __syncthreads();
+    if (share) return;
+    for (int e = threadIdx.x; e < run.w.n; e += SORT_THREADS) p.n[e] += p.next[e];
+}
+
+static __device__ bool takes_prefill(const moe4_layer_run &run, int n_slots) {
+    return run.prefill_from && n_slots >= run.prefill_from;
+}
+
+/* Where each expert's slots and tiles begin. Slots, experts hit. */
+static __device__ int2 place_experts(const moe4_layer_run &run, const expert_places &p) {
+    __shared__ int2 scratch[SORT_WARPS];
+    int slots = 0, tiles = 0, prefill_tiles = 0, hit = 0;
+    for (int e0 = 0; e0 < run.w.n; e0 += SORT_THREADS) {
+        int e = e0 + threadIdx.x, n = e < run.w.n ? p.n[e] : 0;
+        bool prefill = takes_prefill(run, n);
+        int2 all, of_prefill = {0, prefill ? (n + run.prefill_columns - 1) / run.prefill_columns : 0};
+        int2 at = scan_block({n, prefill ? 0 : (n + run.tile_columns - 1) / run.tile_columns}, &all, scratch);
+        if (e < run.w.n) {
+            p.first[e] = slots + at.x;
+            p.next[e] += slots + at.x;
+            p.head[0][e] = tiles + at.y;
+        }
+        slots += all.x;
+        tiles += all.y;
+        if (run.prefill_from) {
+            int head = prefill_tiles + scan_block(of_prefill, &all, scratch).y;
+            if (e < run.w.n) p.head[1][e] = head;
+            prefill_tiles += all.y;
+        }
+        hit += __syncthreads_count(n > 0);
+    }
+    if (threadIdx.x == 0) {
+        p.head[0][run.w.n] = tiles;
+        p.head[1][run.w.n] = prefill_tiles;
+    }
+    __syncthreads();
+    return {slots, hit};
+}
+
+/* Which column of which prefill tile slot `at` of expert e's is. */
+static __device__ moe4_prefill_place find_place(const moe4_layer_run &run, const expert_places &p, int e, int at) {
+    int n_tiles = p.head[1][e + 1] - p.head[1][e];
+    if (!n_tiles) return {-1, 0, 0};
+    int i = tile_of<PREFILL_STEP>(p.n[e], n_tiles, at);
+    moe4_tile tile = split_tile<PREFILL_STEP>(e, p.first[e], p.n[e], p.head[1][e], n_tiles, i);
+    return {prefill_tile_column(tile, p.head[1][e] + i), (uint16_t)(p.first[e] + at - tile.first), (uint16_t)prefill_columns(tile.n)};
+}
+
+/* The block's own slots, a warp after the other. */
+static __device__ void place_slots(const moe4_layer_run &run, const expert_places &p, int begin, int end) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int s0 = begin; s0 < end; s0 += SORT_THREADS) {
+        int s = s0 + threadIdx.x, e = s < end ? local_expert(run, s) : -1, at = 0;
+        uint32_t peers = __match_any_sync(0xFFFFFFFFu, e);
+        int rank = __popc(peers & ((1u << lane) - 1));
+        for (int w = 0; w * 32 < min(end - s0, SORT_THREADS); w++) {
+            if (w == warp) {
+                if (e >= 0) at = p.next[e] + rank;
+                __syncwarp();
+                if (e >= 0 && rank == 0) p.next[e] += __popc(peers);
+            }
+            __syncthreads();
+        }
+        if (e >= 0) run.slots[at] = s;
+        if (run.prefill_from && s < end) run.x_places[s] = e < 0 ? moe4_prefill_place{-1, 0, 0} : find_place(run, p, e, at - p.first[e]);
+    }
+}
+
+/* The expert whose tile `i` of a list is. */
+static __device__ int tile_expert(const int *head, int n, int i) {
+    int first = 0, end = n; /* head[first] <= i < head[end] */
+    while (end - first > 1) {
+        int middle = (first + end) / 2;
+        if (head[middle] <= i)
+            first = middle;
+        else
+            end = middle;
+    }
+    return first;
+}
+
+template <int STEP>
+static __device__ void list_tiles(const int *head, moe4_tile *tiles, const moe4_layer_run &run, const expert_places &p, int thread,
+                                  int n_threads) {
+    for (int i = thread; i < head[run.w.n]; i += n_threads) {
+        int e = tile_expert(head, run.w.n, i);
+        tiles[i] = split_tile<STEP>(e, p.first[e], p.n[e], head[e], head[e + 1] - head[e], i - head[e]);
+    }
+}
+
+/* Slots begin .. end - 1 by this block, and its share of what is everybody's. */
+static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) {
+    extern __shared__ int memory[];
+    expert_places p = carve_places(memory, run.w.n);
+    int thread = (int)(blockIdx.x * SORT_THREADS + threadIdx.x), n_threads = (int)gridDim.x * SORT_THREADS;
+    count_all(run, p, begin);
+    int2 all = place_experts(run, p);
+    place_slots(run, p, begin, end);
+    list_tiles<DECODE_STEP>(p.head[0], run.tiles, run, p, thread, n_threads);
+    begin_run(run, thread, n_threads, p.head[0][run.w.n], all.x, all.y);
+    for (int e = thread; e < run.w.n; e += n_threads) run.expert_slots[e] = p.n[e];
+    if (!run.prefill_from) return;
+    list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, thread, n_threads);
+    for (int i = thread; i < p.head[1][run.w.n]; i += n_threads) run.prefill_done[i] = 0;
+    if (thread == 0) {
+        run.state->n_prefill_tiles = p.head[1][run.w.n];
+        run.state->prefill_ticket = 0;
+    }
+}
+
+#endif
