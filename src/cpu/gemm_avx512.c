@@ -25,7 +25,7 @@
 
 /* Rows of one pass: accumulators, decoded weights and scales fill the 32 registers. From 14 on a pass is as fast as it gets, and more
  * rows only take more of the second-level cache; but one pass of 22 is faster than two of 11, which decode twice. */
-enum { MAX_ROWS = 22, BEST_ROWS = 14 };
+enum { MAX_ROWS = 22, BEST_ROWS = 14, EARLY_ROWS = 14 };
 
 /* One row alone multiplies the two block scales, which saves a permute: the weight's scale byte becomes a float of (8 + mantissa) *
  * 2^(exponent + 96 - 130), the line's first entry is 8/2^15 of the activation's, and so the sums come out 2^31 too small. */
@@ -63,42 +63,80 @@ INLINE __m512i dot4(__m512i acc, __m512i w, const int8_t *a) {
     return acc;
 }
 
+/* A block of 16 columns x 16 k. */
+struct block {
+    __m512i w[4];     /* decoded weights, by the four k of each dot4 */
+    __m512i mantissa; /* of the scales: the low three bits */
+    __m512i scale;    /* in a float's place: of one row exponent and mantissa, otherwise the exponent */
+};
+
+INLINE struct block decode(const struct moe4_tile16 *w, int b, __m512i scales, const int n_rows) {
+    const __m512i table = _mm512_load_si512(weight_table);
+    const __m512i x = moe4_once(_mm512_load_si512(w->code[b][0])), z = moe4_once(_mm512_load_si512(w->code[b][1]));
+    const __m512i sw = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
+    struct block d;
+    d.w[0] = moe4_once(_mm512_permutexvar_epi8(x, table));
+    d.w[1] = moe4_once(_mm512_permutexvar_epi8(_mm512_srli_epi16(x, 4), table));
+    d.w[2] = moe4_once(_mm512_permutexvar_epi8(z, table));
+    d.w[3] = moe4_once(_mm512_permutexvar_epi8(_mm512_srli_epi16(z, 4), table));
+    d.mantissa = moe4_once(_mm512_loadu_si512((const char *)w->scale + b));
+    const __m512i bits = _mm512_set1_epi32(n_rows == 1 ? 0xff << 20 : 0x1f << 23);
+    const __m512i bias = _mm512_set1_epi32(n_rows == 1 ? ONE_ROW_EXPONENT << 23 : 0);
+    d.scale = moe4_once(_mm512_ternarylogic_epi32(sw, bits, bias, 0xea)); /* (sw & bits) | bias */
+    return d;
+}
+
+/* acc += row a's block b times d. */
+INLINE __m512 add_block(__m512 acc, const struct chunk *a, int b, const struct block *d, const int n_rows) {
+    __m512i s = _mm512_set1_epi32(a->start[b]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) s = dot4(s, d->w[j], a->a[b] + 4 * j);
+    const float *line = (const float *)(const void *)((const char *)scale_products + a->table[b]);
+    __m512 p;
+    if (n_rows == 1) {
+        p = _mm512_mul_ps(_mm512_castsi512_ps(d->scale), _mm512_set1_ps(line[0]));
+    } else {
+        const __m512i f = _mm512_castps_si512(_mm512_permutexvar_ps(d->mantissa, _mm512_load_ps(line)));
+        p = _mm512_castsi512_ps(_mm512_add_epi32(f, d->scale));
+    }
+    return _mm512_fmadd_ps(p, _mm512_cvtepi32_ps(s), acc);
+}
+
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
 INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
-    const __m512i table = _mm512_load_si512(weight_table), exponent = _mm512_set1_epi32(0x1f << 23);
-    const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(ONE_ROW_EXPONENT << 23);
+    /* While registers last, a block is decoded before the rows of the block before it: decoding has the pipes that the dots leave. */
+    const bool early = n_rows <= EARLY_ROWS;
     __m512 acc[MAX_ROWS];
 #pragma GCC unroll 24
     for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
-    for (size_t i = 0; i < n_chunks; i++, w++) {
-        moe4_tile16_prefetch(w, i, n_chunks, next, n_rows);
+    const struct chunk *row[MAX_ROWS];
+#pragma GCC unroll 24
+    for (int m = 0; m < n_rows; m++) row[m] = rows[m];
+    struct block d;
+    if (early) d = decode(w, 0, _mm512_load_si512(w->scale), n_rows);
+    for (size_t i = 0; i < n_chunks; i++) {
+        const struct moe4_tile16 *after = w + (i + 1 < n_chunks);
         const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
-            const __m512i x = moe4_once(_mm512_load_si512(w->code[b][0])), z = moe4_once(_mm512_load_si512(w->code[b][1]));
-            const __m512i w0 = _mm512_permutexvar_epi8(x, table), w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(x, 4), table);
-            const __m512i w2 = _mm512_permutexvar_epi8(z, table), w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(z, 4), table);
-            const __m512i mantissa = moe4_once(_mm512_loadu_si512((const char *)w->scale + b));
-            const __m512i sw = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
-#pragma GCC unroll 24
-            for (int m = 0; m < n_rows; m++) {
-                const struct chunk *a = (const struct chunk *)rows[m] + i;
-                __m512i s = _mm512_set1_epi32(a->start[b]);
-                s = dot4(s, w0, a->a[b]);
-                s = dot4(s, w1, a->a[b] + 4);
-                s = dot4(s, w2, a->a[b] + 8);
-                s = dot4(s, w3, a->a[b] + 12);
-                const float *line = (const float *)(const void *)((const char *)scale_products + a->table[b]);
-                __m512 p;
-                if (n_rows == 1) {
-                    const __m512i f = _mm512_ternarylogic_epi32(sw, scale_bits, bias, 0xea); /* (sw & scale_bits) | bias */
-                    p = _mm512_mul_ps(_mm512_castsi512_ps(f), _mm512_set1_ps(line[0]));
-                } else {
-                    const __m512i f = _mm512_castps_si512(_mm512_permutexvar_ps(mantissa, _mm512_load_ps(line)));
-                    p = _mm512_castsi512_ps(_mm512_add_epi32(f, _mm512_and_si512(sw, exponent)));
-                }
-                acc[m] = _mm512_fmadd_ps(p, _mm512_cvtepi32_ps(s), acc[m]);
+            struct block ahead;
+            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows);
+            if (!early) {
+                d = decode(w, b, scales, n_rows);
+            } else if (b < 3) {
+                ahead = decode(w, b + 1, scales, n_rows);
+            } else {
+                ahead = decode(after, 0, _mm512_load_si512(after->scale), n_rows);
             }
+#pragma GCC unroll 24
+            for (int m = 0; m < n_rows; m++) acc[m] = add_block(acc[m], row[m], b, &d, n_rows);
+            if (early) d = ahead;
+        }
+        w = early ? after : w + 1;
+#pragma GCC unroll 24
+        for (int m = 0; m < n_rows; m++) {
+            row[m]++;
+            if (n_rows <= 8) __asm__("" : "+r"(row[m])); /* a register each, not an index and bases that do not fit */
         }
     }
 #pragma GCC unroll 24

@@ -50,10 +50,10 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
 #pragma GCC unroll 16
     for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
     for (size_t i = 0; i < n_chunks; i++, w++) {
-        moe4_tile16_prefetch(w, i, n_chunks, next, n_rows);
         const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
+            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows);
             __m512 v[2][8];
             decode8(v[0], moe4_once(_mm512_load_si512(w->code[b][0])), table);
             decode8(v[1], moe4_once(_mm512_load_si512(w->code[b][1])), table);

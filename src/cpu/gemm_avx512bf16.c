@@ -23,7 +23,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-enum { MAX_ROWS = 14 /* rows of one pass: accumulators, eight decoded weights, temporaries fill the 32 registers */ };
+enum { EARLY_ROWS = 8, MAX_ROWS = 14 /* rows of one pass: accumulators, eight decoded weights, temporaries fill the 32 registers */ };
 
 /* 64 k of a row: pair [b][h][j] is k = 16b + 8h + j and 4 further on, as shifting packed nibbles yields them. */
 struct chunk {
@@ -49,40 +49,81 @@ INLINE __m512 dot2(__m512 acc, __m512i w, const uint16_t *a) {
     return acc;
 }
 
+/* A block of 16 columns x 16 k. */
+struct block {
+    __m512i w[2][4]; /* decoded weights */
+    __m512 scale;    /* 2^21 short of the block scales */
+};
+
+/* Four vectors of 64 bytes of codes: the low nibbles of their words, the next ones, and so on. Reading a byte further on is a shift that
+ * costs nothing, where there is a byte further on. */
+INLINE void decode_half(__m512i v[4], const uint8_t *codes, const bool last) {
+    const __m512i table = _mm512_load_si512(weight_table);
+    const __m512i x = moe4_once(_mm512_load_si512(codes));
+    const __m512i high = moe4_once(last ? _mm512_srli_epi16(x, 8) : _mm512_loadu_si512(codes + 1));
+    v[0] = moe4_once(_mm512_permutexvar_epi16(x, table));
+    v[1] = moe4_once(_mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table));
+    v[2] = moe4_once(_mm512_permutexvar_epi16(high, table));
+    v[3] = moe4_once(_mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), table));
+}
+
+INLINE struct block decode(const struct moe4_tile16 *w, int b, __m512i scales) {
+    struct block d;
+    decode_half(d.w[0], w->code[b][0], false);
+    decode_half(d.w[1], w->code[b][1], b == 3);
+    const __m512i bits = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
+    const __m512i mask = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(SCALE_BIAS << 23);
+    d.scale = _mm512_castsi512_ps(moe4_once(_mm512_ternarylogic_epi32(bits, mask, bias, 0xea))); /* (bits & mask) | bias */
+    return d;
+}
+
+/* acc += row a's block b times d. */
+INLINE __m512 add_block(__m512 acc, const struct chunk *a, int b, const struct block *d) {
+    __m512 t0 = _mm512_setzero_ps(), t1 = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        t0 = dot2(t0, d->w[0][j], a->pair[b][0][j]);
+        t1 = dot2(t1, d->w[1][j], a->pair[b][1][j]);
+    }
+    return _mm512_fmadd_ps(_mm512_add_ps(t0, t1), d->scale, acc);
+}
+
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile. n_rows is a constant where this is inlined. */
 INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
-    const __m512i table = _mm512_load_si512(weight_table);
-    const __m512i scale_bits = _mm512_set1_epi32(0xff << 20), bias = _mm512_set1_epi32(SCALE_BIAS << 23);
+    /* As in gemm_avx512.c: decoding one block ahead while registers last. */
+    const bool early = n_rows <= EARLY_ROWS;
+    const struct chunk *row[MAX_ROWS];
     __m512 acc[MAX_ROWS];
 #pragma GCC unroll 16
-    for (int m = 0; m < n_rows; m++) acc[m] = _mm512_setzero_ps();
-    for (size_t i = 0; i < n_chunks; i++, w++) {
-        moe4_tile16_prefetch(w, i, n_chunks, next, n_rows);
+    for (int m = 0; m < n_rows; m++) {
+        acc[m] = _mm512_setzero_ps();
+        row[m] = rows[m];
+    }
+    struct block d;
+    if (early) d = decode(w, 0, _mm512_load_si512(w->scale));
+    for (size_t i = 0; i < n_chunks; i++) {
+        const struct moe4_tile16 *after = w + (i + 1 < n_chunks);
         const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
-            __m512i v[2][4];
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                const __m512i x = moe4_once(_mm512_load_si512(w->code[b][h]));
-                v[h][0] = _mm512_permutexvar_epi16(x, table);
-                v[h][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table);
-                v[h][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8), table);
-                v[h][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 12), table);
+            struct block ahead;
+            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows);
+            if (!early) {
+                d = decode(w, b, scales);
+            } else if (b < 3) {
+                ahead = decode(w, b + 1, scales);
+            } else {
+                ahead = decode(after, 0, _mm512_load_si512(after->scale));
             }
-            const __m512i shifted = b < 3 ? _mm512_slli_epi32(scales, 20 - 8 * b) : _mm512_srli_epi32(scales, 4);
-            const __m512 sw = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(shifted, scale_bits, bias, 0xea)); /* (shifted & bits) | bias */
 #pragma GCC unroll 16
-            for (int m = 0; m < n_rows; m++) {
-                const struct chunk *a = (const struct chunk *)rows[m] + i;
-                __m512 t0 = _mm512_setzero_ps(), t1 = _mm512_setzero_ps();
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    t0 = dot2(t0, v[0][j], a->pair[b][0][j]);
-                    t1 = dot2(t1, v[1][j], a->pair[b][1][j]);
-                }
-                acc[m] = _mm512_fmadd_ps(_mm512_add_ps(t0, t1), sw, acc[m]);
-            }
+            for (int m = 0; m < n_rows; m++) acc[m] = add_block(acc[m], row[m], b, &d);
+            if (early) d = ahead;
+        }
+        w = early ? after : w + 1;
+#pragma GCC unroll 16
+        for (int m = 0; m < n_rows; m++) {
+            row[m]++;
+            if (n_rows <= 8) __asm__("" : "+r"(row[m])); /* a register each, not an index and bases that do not fit */
         }
     }
 #pragma GCC unroll 16

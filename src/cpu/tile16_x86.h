@@ -18,19 +18,28 @@ __attribute__((target("avx512f"), always_inline)) static inline __m512i moe4_onc
     return x;
 }
 
-/* Tile i of n_chunks is w: asks for weights some tiles ahead, into the second-level cache; from `next` on after the last. Distances were
- * measured on Zen 4. One row runs at the speed of memory and of the hardware's own prefetch: a line in the next page is all the help it
- * takes, more is in the way, but where a new stream starts. From two rows on, arithmetic leaves time to ask for all. */
-static inline __attribute__((always_inline)) void moe4_tile16_prefetch(const struct moe4_tile16 *w, size_t i, size_t n_chunks,
-                                                                       const struct moe4_tile16 *next, const int n_rows) {
-    const size_t ahead = n_rows == 1 ? 7 : 12, left = n_chunks > ahead ? n_chunks - ahead : 0;
-    const char *at = (const char *)(i < left ? w + ahead : next + (i - left));
-    if (n_rows == 1 && i < left) {
-        _mm_prefetch(at, _MM_HINT_T1);
-        return;
-    }
+/* Prefetching weights into the second-level cache, some tiles ahead of tile i of n_chunks, which is w: from `next` on after the last.
+ * Distances were measured on Zen 4. One row runs at the speed of memory and of the hardware's own prefetch: a line in a page to come is all
+ * the help it takes, more is in the way, but where reading jumps. From two rows on arithmetic leaves time to ask for all, a few lines at a
+ * time, so that they do not hold up the loads of a block. */
+enum { MOE4_TILE16_AHEAD = 20 };
+
+static inline __attribute__((always_inline)) void moe4_prefetch_lines(const void *at, const int from, const int to) {
 #pragma GCC unroll 16
-    for (size_t line = 0; line < sizeof *w; line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
+    for (int line = from; line < to; line++) _mm_prefetch((const char *)at + 64 * line, _MM_HINT_T1);
+}
+
+/* Before block b of tile w: its share of the tile ahead. */
+static inline __attribute__((always_inline)) void moe4_tile16_prefetch(const struct moe4_tile16 *w, size_t i, size_t n_chunks,
+                                                                       const struct moe4_tile16 *next, int b, const int n_rows) {
+    const size_t ahead = n_chunks < MOE4_TILE16_AHEAD ? n_chunks : MOE4_TILE16_AHEAD;
+    const struct moe4_tile16 *at = i < n_chunks - ahead ? w + ahead : next + (i - (n_chunks - ahead));
+    if (n_rows > 1) {
+        moe4_prefetch_lines(at, 2 * b, b == 3 ? 9 : 2 * b + 2);
+    } else if (b == 0) {
+        moe4_prefetch_lines(at, 0, 1);
+        if (at != w + ahead) moe4_prefetch_lines(at, 1, 9);
+    }
 }
 
 #endif
