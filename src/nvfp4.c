@@ -315,16 +315,6 @@ static moe4_status fail_bad_scale(const struct matrix_job *job) {
     return moe4_fail(job->ctx, MOE4_ERROR_FORMAT, "scales: changed while they were read");
 }
 
-/* d in fp32, rounded to odd: inexact results get an odd last bit, so that rounding them again to 11 bits or fewer is as good as rounding
- * d once. */
-static float round_to_odd(double d) {
-    float f = (float)d;
-    uint32_t bits = moe4_bits(f);
-    if ((double)f == d) return f;
-    if (fabs((double)f) > fabs(d)) bits--; /* towards zero */
-    return moe4_float(bits | 1);
-}
-
 static void dequantize_piece(struct matrix_job *job, size_t row, size_t col, size_t n) {
     const struct moe4_kernels *k = job->ctx->kernels;
     float buf[PIECE];
@@ -340,8 +330,8 @@ static void dequantize_piece(struct matrix_job *job, size_t row, size_t col, siz
         for (size_t i = 0; divides && i < n; i++) y[i] /= global;
         return;
     }
-    k->dequant_row(buf, codes, scales, n, 1.f); /* exact */
-    for (size_t i = 0; i < n; i++) buf[i] = round_to_odd(divides ? (double)buf[i] / global : (double)buf[i] * global);
+    k->dequant_row(buf, codes, scales, n, 1.f);   /* exact */
+    k->scale_row_to_odd(buf, global, divides, n); /* so narrowing rounds as if once */
     k->narrow_row((uint16_t *)job->y + y_at, job->dtype, buf, n);
 }
 

@@ -353,12 +353,37 @@ AVX2 static void dequant_row(float *dst, const uint8_t *codes, const uint8_t *sc
     }
 }
 
+/* Four at a time in fp64; where rounding to nearest went up, the last bit is taken off again. */
+INLINE __m128 to_odd(__m256d d) {
+    const __m128 f = _mm256_cvtpd_ps(d);
+    const __m256d back = _mm256_cvtps_pd(f), magnitude = _mm256_castsi256_pd(_mm256_set1_epi64x(INT64_MAX));
+    const __m256d inexact = _mm256_cmp_pd(back, d, _CMP_NEQ_UQ);
+    const __m256d above = _mm256_cmp_pd(_mm256_and_pd(back, magnitude), _mm256_and_pd(d, magnitude), _CMP_GT_OQ);
+    const __m128i minus = _mm_castps_si128(
+        _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(above)), _mm_castpd_ps(_mm256_extractf128_pd(above, 1)), 0x88));
+    const __m128i odd = _mm_castps_si128(
+        _mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(inexact)), _mm_castpd_ps(_mm256_extractf128_pd(inexact, 1)), 0x88));
+    return _mm_castsi128_ps(_mm_or_si128(_mm_add_epi32(_mm_castps_si128(f), minus), _mm_srli_epi32(odd, 31)));
+}
+
+AVX2 static void scale_row_to_odd(float *y, float a, int divides, size_t n) {
+    const __m256d by = _mm256_set1_pd(a);
+    for (size_t i = 0; i < n; i += 4) {
+        float last[4] = {0};
+        float *at = n - i < 4 ? memcpy(last, y + i, (n - i) * sizeof *last) : y + i;
+        const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(at));
+        _mm_storeu_ps(at, to_odd(divides ? _mm256_div_pd(x, by) : _mm256_mul_pd(x, by)));
+        if (at == last) memcpy(y + i, last, (n - i) * sizeof *last);
+    }
+}
+
 void moe4_kernels_codec_avx2(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
     k->quantize_row = moe4_quantize_row_avx2;
     k->dequant_row = dequant_row;
+    k->scale_row_to_odd = scale_row_to_odd;
 }
 #else
 typedef int moe4_no_avx2; /* a translation unit may not be empty */

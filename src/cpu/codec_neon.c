@@ -324,12 +324,24 @@ static void dequant_row(float *dst, const uint8_t *codes, const uint8_t *scales,
     }
 }
 
+static void scale_row_to_odd(float *y, float a, int divides, size_t n) {
+    const float64x2_t by = vdupq_n_f64(a);
+    for (size_t i = 0; i < n; i += 2) {
+        float last[2] = {0};
+        float *at = n - i < 2 ? memcpy(last, y + i, sizeof *last) : y + i;
+        const float64x2_t x = vcvt_f64_f32(vld1_f32(at));
+        vst1_f32(at, vcvtx_f32_f64(divides ? vdivq_f64(x, by) : vmulq_f64(x, by)));
+        if (at == last) y[i] = last[0];
+    }
+}
+
 void moe4_kernels_codec_neon(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
     k->quantize_row = quantize_row;
     k->dequant_row = dequant_row;
+    k->scale_row_to_odd = scale_row_to_odd;
 }
 #else
 typedef int moe4_no_neon; /* a translation unit may not be empty */

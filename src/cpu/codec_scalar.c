@@ -125,10 +125,25 @@ static void dequant_row(float *dst, const uint8_t *codes, const uint8_t *scales,
     }
 }
 
+/* The product is exact in fp64; the quotient has bits enough that fp32 rounded to odd comes out the same. */
+static void scale_row_to_odd(float *y, float a, int divides, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const double d = divides ? (double)y[i] / a : (double)y[i] * a;
+        const float f = (float)d;
+        uint32_t bits = moe4_bits(f);
+        if ((double)f != d) {
+            if (fabs((double)f) > fabs(d)) bits--; /* towards zero */
+            bits |= 1;
+        }
+        y[i] = moe4_float(bits);
+    }
+}
+
 void moe4_kernels_codec_scalar(struct moe4_kernels *k) {
     k->widen_row = widen_row;
     k->narrow_row = narrow_row;
     k->amax_row = amax_row;
     k->quantize_row = quantize_row;
     k->dequant_row = dequant_row;
+    k->scale_row_to_odd = scale_row_to_odd;
 }

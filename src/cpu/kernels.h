@@ -88,6 +88,10 @@ struct moe4_kernels {
     /* dst[n] = e2m1 * scale (exact), then * factor. */
     void (*dequant_row)(float *dst, const uint8_t *codes, const uint8_t *scales, size_t n, float factor);
 
+    /* y[n] = y[n] * a, or y[n] / a, exactly, then rounded to odd: an inexact result is the one of its two neighbours whose last bit is
+     * odd, so that rounding it again to half the bits or fewer is as good as rounding once. */
+    void (*scale_row_to_odd)(float *y, float a, int divides, size_t n);
+
     /* h[n] from gate g and up u (g is not read by RELU2); NaN stays. h may be g or u. */
     void (*glu_row)(float *h, const float *g, const float *u, size_t n, const struct moe4_glu *glu);
 

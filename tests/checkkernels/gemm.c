@@ -180,7 +180,7 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
 /* ---- rows of results ---- */
 
 static void check_rows(struct check *c) {
-    bool add = true, scale = true;
+    bool add = true, scale = true, odd = true;
     for (size_t n = 0; n < 100; n++)
         for (int side = 0; side < N_SIDES; side++) {
             float *x = guarded(n * 4, side), *y = guarded(n * 4, side), *z = guarded(n * 4, side), want[100], want_z[100];
@@ -199,12 +199,22 @@ static void check_rows(struct check *c) {
             c->scalar->scale_row(want_z, a, b, n);
             add &= same_bytes(y, want, n * 4);
             scale &= same_bytes(z, want_z, n * 4);
+            for (int divides = 0; divides < 2; divides++) { /* products of the codec's values, then anything fp32 holds */
+                random_row(&c->random, x, n, (int)(n % RANDOM_KINDS));
+                memcpy(want, x, n * 4);
+                const float by = ldexpf(random_normal(&c->random), (int)random_below(&c->random, 260) - 140);
+                c->k->scale_row_to_odd(x, by, divides, n);
+                c->scalar->scale_row_to_odd(want, by, divides, n);
+                odd &= same_bytes(x, want, n * 4);
+            }
             bool clean = guarded_release();
             add &= clean;
             scale &= clean;
+            odd &= clean;
         }
     check_line(c, "add_scaled_row", "any length", add);
     check_line(c, "scale_row", "any length", scale);
+    check_line(c, "scale_row_to_odd", "any length, any exponent", odd);
 }
 
 void check_gemm(struct check *c) {
