@@ -96,12 +96,27 @@ struct scan {
     _Atomic size_t first_bad;
 };
 
+/* Whether a byte of s[n] is above 0x7e. Eight at a time: such a byte has its top bit set before or after 1 is added; what a byte carries
+ * into the next one comes from 0xff, which is found anyway. */
+static bool has_bad(const uint8_t *s, size_t n) {
+    const uint64_t ones = 0x0101010101010101;
+    uint64_t found[2] = {0, 0};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        uint64_t v[2];
+        memcpy(v, s + i, sizeof v);
+        found[0] |= v[0] | (v[0] + ones);
+        found[1] |= v[1] | (v[1] + ones);
+    }
+    bool bad = (found[0] | found[1]) & ones << 7;
+    for (; i < n; i++) bad |= s[i] > 0x7e;
+    return bad;
+}
+
 static void scan_task(void *arg, size_t task) {
     struct scan *s = arg;
     size_t from = task * SCAN_BYTES, n = s->bytes - from < SCAN_BYTES ? s->bytes - from : SCAN_BYTES;
-    uint8_t most = 0;
-    for (size_t i = 0; i < n; i++) most = s->scale[from + i] > most ? s->scale[from + i] : most;
-    if (most <= 0x7E) return;
+    if (!has_bad(s->scale + from, n)) return;
     size_t at = from;
     while (s->scale[at] <= 0x7E) at++;
     size_t seen = s->first_bad;

@@ -196,11 +196,35 @@ static void test_errors(void **state) {
     moe4_ctx_destroy(ctx);
 }
 
+/* Every block scale is looked at: one that is none is named, wherever it stands, whichever it is. */
+static void test_bad_scales(void **state) {
+    (void)state;
+    enum { N_BLOCKS = 37 };
+    moe4_ctx *ctx = ref_ctx(1, 0);
+    moe4_weight w = ref_random_weight(MOE4_NVFP4, 1, 16 * N_BLOCKS);
+    uint8_t *scale = (uint8_t *)w.scale;
+    moe4_linear *l;
+    memset(scale, 0x7e, N_BLOCKS);
+    OK(ctx, moe4_linear_create(&l, ctx, &w, 1, NULL));
+    moe4_linear_destroy(l);
+    for (int at = 0; at < N_BLOCKS; at++)
+        for (int bad = 0x7f; bad <= 0xff; bad += bad == 0x7f || bad == 0xfe ? 1 : 0x7e) {
+            char text[64];
+            scale[at] = (uint8_t)bad;
+            assert_int_equal(moe4_linear_create(&l, ctx, &w, 1, NULL), MOE4_ERROR_FORMAT);
+            snprintf(text, sizeof text, "block scale [0, %d] is 0x%02x", at, (unsigned)bad);
+            assert_non_null(strstr(moe4_ctx_error(ctx), text));
+            scale[at] = 0x7e;
+        }
+    ref_free_weight(&w);
+    moe4_ctx_destroy(ctx);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_error_bound),      cmocka_unit_test(test_integers_are_exact),
         cmocka_unit_test(test_several_matrices), cmocka_unit_test(test_batch_threads_and_caller_fpu),
-        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_errors),           cmocka_unit_test(test_bad_scales),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -75,6 +75,8 @@ TARGET void moe4_tile16_pack_avx512(void *packed, const moe4_weight *w, size_t c
             /* 16 columns are one run of memory, of which the next is read while this one is packed. */
 #pragma GCC unroll 16
             for (size_t line = 0; line < 16; line++) _mm_prefetch((const char *)codes + 16 * codes_ld + i * 1024 + line * 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+            for (size_t line = 0; line < 2; line++) _mm_prefetch((const char *)scales + 16 * scales_ld + i * 128 + line * 64, _MM_HINT_T1);
             pack_pair(tile + 2 * i, codes + 64 * i, codes_ld, scales + 8 * i, scales_ld);
         }
     }
