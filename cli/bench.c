@@ -6,7 +6,7 @@
 
 #include "../bench/ceiling.h"
 
-enum { MIN_SAMPLES = 3, PIECE = 1 << 20, READ_PIECES = 64, READ_BUFFER = 512 << 20 };
+enum { MIN_SAMPLES = 3, PIECE = 1 << 20, READ_PIECES = 64, READ_BUFFER = 512 << 20, NEW_PAGE = 2 << 20 };
 
 struct side { /* one thread count */
     moe4_ctx *ctx;
@@ -32,12 +32,12 @@ const char *bench_what_name(enum bench_what what) {
     return names[what];
 }
 
-/* The clock, or the process's CPU time over the number of threads. */
-static double now(const struct bench *b, const moe4_ctx *ctx) {
+/* The clock, or the CPU time of the one thread. */
+static double now(const struct bench *b) {
     struct timespec t;
     if (!b->cpu_time) return cli_seconds();
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return ((double)t.tv_sec + 1e-9 * (double)t.tv_nsec) / (double)moe4_ctx_n_threads(ctx);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* ---- the layer ---- */
@@ -92,9 +92,9 @@ static void ceiling_task(void *arg, size_t task) {
 }
 
 static double sample_read(struct bench *b, moe4_ctx *ctx) {
-    const double start = now(b, ctx);
+    const double start = now(b);
     moe4_parallel_for(ctx, READ_PIECES, read_task, b);
-    const double took = now(b, ctx) - start;
+    const double took = now(b) - start;
     b->read_at += READ_PIECES;
     return (double)READ_PIECES * PIECE / took;
 }
@@ -102,29 +102,47 @@ static double sample_read(struct bench *b, moe4_ctx *ctx) {
 static double sample_ceiling(struct bench *b, moe4_ctx *ctx) {
     if (b->ceiling < 0) return 0;
     const size_t n_tasks = 16 * moe4_ctx_n_threads(ctx); /* some milliseconds: waking the threads must not count */
-    const double macs = ceiling_sample((enum ceiling)b->ceiling), start = now(b, ctx);
+    const double macs = ceiling_sample((enum ceiling)b->ceiling), start = now(b);
     moe4_parallel_for(ctx, n_tasks, ceiling_task, b);
-    return macs * (double)n_tasks / (now(b, ctx) - start);
+    return macs * (double)n_tasks / (now(b) - start);
+}
+
+static void touch_task(void *arg, size_t task) {
+    ((volatile char *)arg)[task * NEW_PAGE] = 1;
+}
+
+/* Bytes of memory a second that the system finds and clears, which is the least that packing into new memory takes beside packing. */
+static double sample_new_pages(const struct bench *b, moe4_ctx *ctx) {
+    enum { N_PAGES = 64 };
+    char *memory = bench_alloc((size_t)N_PAGES * NEW_PAGE);
+    if (!memory) return 0;
+    const double start = now(b);
+    moe4_parallel_for(ctx, N_PAGES, touch_task, memory);
+    const double took = now(b) - start;
+    free(memory);
+    return (double)N_PAGES * NEW_PAGE / took;
 }
 
 static int make_layer(struct bench *b, struct side *s, moe4_act act, struct bench_pack *pack) {
     enum { N = 3 };
-    const double bytes = bench_layer_pack_bytes(&b->layer), start = now(b, s->ctx);
-    double again[N], read[N];
+    const double bytes = bench_layer_pack_bytes(&b->layer), start = now(b);
+    double again[N], read[N], pages[N];
     int exit_status = bench_layer_create(&s->moe, s->ctx, &b->layer, act);
-    pack->fresh = bytes / (now(b, s->ctx) - start);
+    pack->fresh = bytes / (now(b) - start);
     for (int i = 0; i < N && exit_status == CLI_FINE; i++) {
         read[i] = sample_read(b, s->ctx);
-        const double before = now(b, s->ctx);
+        pages[i] = sample_new_pages(b, s->ctx);
+        const double before = now(b);
         for (size_t e = 0; e < b->layer.shape.n_experts && exit_status == CLI_FINE; e++) {
             const moe4_status status = moe4_moe_replace_expert(s->moe, e, &b->layer.experts[e]);
             if (status != MOE4_OK) exit_status = cli_fail(s->ctx, status, "bench");
         }
-        again[i] = bytes / (now(b, s->ctx) - before);
+        again[i] = bytes / (now(b) - before);
     }
     if (exit_status != CLI_FINE) return exit_status;
     pack->again = bench_median(again, N);
     pack->read = bench_median(read, N);
+    pack->pages = bench_median(pages, N);
     return CLI_FINE;
 }
 
@@ -162,9 +180,9 @@ struct input {
 
 static moe4_status sample_forward(const struct bench *b, struct side *s, const struct input *in, size_t i, double *bytes_ret) {
     moe4_moe_report r = MOE4_MOE_REPORT_INIT;
-    const double start = now(b, s->ctx);
+    const double start = now(b);
     moe4_status status = moe4_moe_forward(s->moe, in->y, in->x, in->ids, in->weights, in->n_tokens, &s->workspace, NULL);
-    const double took = now(b, s->ctx) - start;
+    const double took = now(b) - start;
     if (status == MOE4_OK) status = moe4_moe_report_read(s->moe, &r, NULL, &s->workspace, NULL);
     const double *stage = r.seconds;
     s->time[BENCH_LAYER][i] = took;
@@ -194,18 +212,17 @@ static void summarize(const struct bench *b, const struct side *s, struct bench_
     r->ceiling_macs = bench_median(s->ceiling, n);
     for (int w = 0; w < N_BENCH_WHATS; w++) {
         struct bench_figure *f = &r->figure[w];
-        double share[BENCH_MAX_SAMPLES], best = s->time[w][0];
-        const double arithmetic = r->ceiling_macs > 0 ? r->macs / r->ceiling_macs : 0;
-        for (size_t i = 0; i < n; i++) {
-            const double memory = b->bytes[i] / r->read_bytes,
-                         floor = part_of((enum bench_what)w) * (memory > arithmetic ? memory : arithmetic);
-            share[i] = floor / s->time[w][i];
+        double share[BENCH_MAX_SAMPLES], floor[BENCH_MAX_SAMPLES], best = s->time[w][0];
+        for (size_t i = 0; i < n; i++) { /* each sample beside what was measured just before it: a machine's memory may change its mind */
+            const double memory = b->bytes[i] / s->read[i], arithmetic = s->ceiling[i] > 0 ? r->macs / s->ceiling[i] : 0;
+            floor[i] = part_of((enum bench_what)w) * (memory > arithmetic ? memory : arithmetic);
+            share[i] = floor[i] / s->time[w][i];
             best = s->time[w][i] < best ? s->time[w][i] : best;
         }
         f->seconds = bench_median(s->time[w], n);
         f->best_seconds = best;
-        f->by_memory = r->bytes / r->read_bytes > arithmetic;
-        f->floor_seconds = part_of((enum bench_what)w) * (f->by_memory ? r->bytes / r->read_bytes : arithmetic);
+        f->by_memory = r->ceiling_macs <= 0 || r->bytes / r->read_bytes > r->macs / r->ceiling_macs;
+        f->floor_seconds = bench_median(floor, n);
         f->share = bench_median(share, n);
     }
 }
@@ -226,6 +243,9 @@ static int sample_all(struct bench *b, struct input *in, struct bench_result *re
         results[i] = (struct bench_result){.n_tokens = in->n_tokens, .n_samples = n};
         results[i].macs = bench_layer_macs(&b->layer, in->n_tokens);
         summarize(b, &b->side[i], &results[i]);
+        double ratio[BENCH_MAX_SAMPLES];
+        for (size_t j = 0; j < n; j++) ratio[j] = b->side[0].time[BENCH_LAYER][j] / b->side[i].time[BENCH_LAYER][j];
+        results[i].speedup = bench_median(ratio, n);
     }
     return CLI_FINE;
 }

@@ -28,19 +28,21 @@ struct bench_result {
     const char *kernels;             /* that ran the products */
     double macs, bytes;              /* of the layer; bytes of the experts hit, the median */
     double read_bytes, ceiling_macs; /* a second, medians; ceiling_macs 0: this ISA's step is not known */
+    double speedup;                  /* the layer's rate over that of the first thread count: the median over samples */
     struct bench_figure figure[N_BENCH_WHATS];
 };
 
 /* Packing, in bytes read and written a second, and the read bandwidth beside it. */
 struct bench_pack {
     double fresh;       /* moe4_moe_create: into memory that the system has to find and clear */
+    double pages;       /* memory that the system finds and clears for as many threads; 0: not known */
     double again, read; /* the CPU's packing into memory that is there: moe4_moe_replace_expert of all experts. Medians; 0: not known */
 };
 
 /* A layer of random weights, one context for each thread count. */
 struct bench;
-/* Errors are printed; returns an exit status. With cpu_time, times are the process's CPU time over the number of threads: other processes
- * disturb less, and waiting does not show; only the layer's figure means something then. `packs` [n_contexts]. */
+/* Errors are printed; returns an exit status. With cpu_time, times are the calling thread's CPU time, so that other processes disturb less;
+ * for one thread alone, as more of them use the CPU while they wait too. `packs` [n_contexts]. */
 int bench_open(struct bench **bench_ret, const struct bench_shape *shape, moe4_act act, const size_t *n_threads, size_t n_contexts,
                const char *isa, bool cpu_time, struct bench_pack *packs);
 void bench_close(struct bench *bench);

@@ -79,7 +79,7 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
         {"isa", CLI_TEXT, &a->common.isa, "NAME", "use this instruction set, such as scalar or avx2 (the best there is)"},
         {"seconds", CLI_NUMBER, &a->seconds, "S", "time for each batch (2)"},
         {"cpu-time", CLI_FLAG, &a->cpu_time, NULL,
-         "count the threads' CPU time, not the clock's, for a machine that others use; no stages"},
+         "count CPU time, not the clock's, for a machine that others use; with --threads 1, and no stages"},
         CLI_DEVICE_OPTION(&a->common),
         {"csv", CLI_TEXT, &a->csv, "FILE", "write every figure to FILE"},
         {"explain", CLI_FLAG, &a->explain, NULL, "show every stage, and say what the columns mean"},
@@ -118,6 +118,10 @@ static bool read_args(struct args *a, int argc, char **argv, int *exit_ret) {
     else if (cli_on_device(&a->common) && (a->cpu_time || a->n_threads > 1))
         *exit_ret =
             cli_error(CLI_BAD_USAGE, a->cpu_time ? "--cpu-time" : "--threads", "is for the CPU, not for --device %s", a->common.device);
+    for (size_t i = 0; *exit_ret == CLI_FINE && a->cpu_time && i < a->n_threads; i++)
+        if (a->threads[i] != 1)
+            *exit_ret =
+                cli_error(CLI_BAD_USAGE, "--cpu-time", "is for --threads 1: more of them use the CPU while they wait for work, too");
     return *exit_ret == CLI_FINE;
 }
 
@@ -141,8 +145,11 @@ static void print_header(const struct output *o, const struct bench_pack *packs)
            s->top_k, moe4_act_name(o->act), o->isa, *o->device ? ", " : "", o->device);
     for (size_t i = 0; i < a->n_threads; i++)
         if (packs[i].again > 0)
-            printf("prepared at %.1f GB/s read and written into new memory; at %.1f into the same again, %.2f of read bandwidth\n",
-                   packs[i].fresh / 1e9, packs[i].again / 1e9, packs[i].again / packs[i].read);
+            printf(
+                "prepared at %.1f GB/s read and written into new memory, of which the system clears %.1f GB/s (%.2f of the rate of both\n"
+                "one after the other); at %.1f into the same again, %.2f of read bandwidth\n",
+                packs[i].fresh / 1e9, packs[i].pages / 1e9, packs[i].fresh * (0.5 / packs[i].pages + 1 / packs[i].again),
+                packs[i].again / 1e9, packs[i].again / packs[i].read);
         else
             printf("prepared at %.1f GB/s read and written\n", packs[i].fresh / 1e9);
     printf("\n%6s %7s  %-9s %10s %10s %9s %8s %10s  %-10s %6s\n", "tokens", "threads", "what", "median ms", "best ms", "GMAC/s", "GB/s",
@@ -161,8 +168,8 @@ static void print_explanation(const struct output *o) {
                "               decided on the device, by its slots\n",
                BENCH_ROUTINGS, o->step ? o->step : "not known, as cuBLAS is not found: only memory counts");
     else
-        printf("floor          max(bytes / read bandwidth, multiply-adds / ceiling), both medians of samples taken in turn\n"
-               "               with the layer; ceiling: %s\n",
+        printf("floor          max(bytes / read bandwidth, multiply-adds / ceiling), both measured just before each sample of\n"
+               "               the layer; ceiling: %s\n",
                o->step ? o->step : "not known for this ISA, so only memory counts");
     printf("share          floor / time: 1.00 is what the machine can do\n");
 }
@@ -183,22 +190,25 @@ static void put_figure(const struct output *o, const struct bench_result *r, int
             printf("\n");
     }
     if (o->csv)
-        fprintf(o->csv, "\"%s\",%zu,%zu,%zu,%zu,%s,%s,%zu,%zu,%s,%zu,%.9f,%.9f,%.3f,%.3f,%.9f,%s,%.4f,%.3f,%.3f\n", a->shape.name,
+        fprintf(o->csv, "\"%s\",%zu,%zu,%zu,%zu,%s,%s,%zu,%zu,%s,%zu,%.9f,%.9f,%.3f,%.3f,%.9f,%s,%.4f,%.3f,%.3f,%.4f\n", a->shape.name,
                 a->shape.hidden, a->shape.intermediate, a->shape.n_experts, a->shape.top_k, moe4_act_name(o->act), o->isa, r->n_threads,
                 r->n_tokens, bench_what_name((enum bench_what)what), r->n_samples, f->seconds, f->best_seconds, macs / 1e9, bytes / 1e9,
-                f->floor_seconds, bound, f->share, r->read_bytes / 1e9, r->ceiling_macs / 1e9);
+                f->floor_seconds, bound, f->share, r->read_bytes / 1e9, r->ceiling_macs / 1e9, r->speedup);
     if (o->rows)
-        json_array_append_new(o->rows, json_pack("{ss sI sI ss sI sf sf sf sf sf ss sf sf sf}", "act", moe4_act_name(o->act), "tokens",
+        json_array_append_new(o->rows, json_pack("{ss sI sI ss sI sf sf sf sf sf ss sf sf sf sf}", "act", moe4_act_name(o->act), "tokens",
                                                  (json_int_t)r->n_tokens, "threads", (json_int_t)r->n_threads, "what",
                                                  bench_what_name((enum bench_what)what), "samples", (json_int_t)r->n_samples, "median_s",
                                                  f->seconds, "best_s", f->best_seconds, "gmac_s", macs / 1e9, "gb_s", bytes / 1e9,
                                                  "floor_s", f->floor_seconds, "bound", bound, "share", f->share, "read_gb_s",
-                                                 r->read_bytes / 1e9, "ceiling_gmac_s", r->ceiling_macs / 1e9));
+                                                 r->read_bytes / 1e9, "ceiling_gmac_s", r->ceiling_macs / 1e9, "speedup", r->speedup));
 }
 
 static void put_result(const struct output *o, const struct bench_result *r) {
     const int n_whats = o->args->cpu_time || *o->device ? BENCH_LAYER + 1 : N_BENCH_WHATS;
     for (int what = 0; what < n_whats; what++) put_figure(o, r, what);
+    if (!o->args->common.json && r->n_threads != o->args->threads[0] && r->speedup > 0)
+        printf("%6s %7s  %.2f times the rate of %zu thread%s\n", "", "", r->speedup, o->args->threads[0],
+               o->args->threads[0] == 1 ? "" : "s");
     if (!o->args->common.json && o->args->explain)
         printf("%6s %7s  read %.2f GB/s, ceiling %.2f GMAC/s, %zu samples, kernels %s\n", "", "", r->read_bytes / 1e9,
                r->ceiling_macs / 1e9, r->n_samples, r->kernels);
@@ -266,7 +276,7 @@ int cmd_bench(int argc, char **argv) {
     if (args.csv && !(o.csv = fopen(args.csv, "w"))) return cli_error(CLI_BAD_DATA, args.csv, "%s", strerror(errno));
     if (o.csv)
         fprintf(o.csv, "shape,hidden,intermediate,experts,top_k,act,isa,threads,tokens,what,samples,median_s,best_s,gmac_s,gb_s,"
-                       "floor_s,bound,share,read_gb_s,ceiling_gmac_s\n");
+                       "floor_s,bound,share,read_gb_s,ceiling_gmac_s,speedup\n");
     if (args.common.json) o.rows = json_array();
     for (size_t i = 0; i < args.n_acts && exit_status == CLI_FINE; i++) exit_status = run(&args, &o, i);
     if (exit_status == CLI_FINE && args.explain && !args.common.json) print_explanation(&o);

@@ -6,7 +6,7 @@ from cli_case import BAD_DATA, BAD_USAGE, CliCase
 
 SMALL = ("bench", "--shape", "256,128,8,2", "--seconds", "0.05")
 COLUMNS = ("shape hidden intermediate experts top_k act isa threads tokens what samples median_s best_s gmac_s gb_s floor_s bound share "
-           "read_gb_s ceiling_gmac_s").split()
+           "read_gb_s ceiling_gmac_s speedup").split()
 PARTS = ["layer", "products", "gate_up", "down", "dispatch", "quantize", "combine"]
 
 
@@ -60,8 +60,10 @@ class Bench(CliCase):
         text = self.moe4(*SMALL, "--tokens", "1", "--explain").stdout
         self.assertIn("combine", text)
         self.assertIn("floor / time", text)
-        text = self.moe4(*SMALL, "--tokens", "1", "--cpu-time").stdout
+        text = self.moe4(*SMALL, "--tokens", "1", "--threads", "1", "--cpu-time").stdout
         self.assertNotIn("products", text)
+        text = self.moe4(*SMALL, "--tokens", "1", "--threads", "1,2").stdout
+        self.assertIn("times the rate of 1 thread\n", text)
 
     def test_csv(self):
         file = self.folder / "figures.csv"
@@ -79,6 +81,8 @@ class Bench(CliCase):
         for tokens in ("0", "1,", ",1", "1 2", "-1", "x", "9999999999"):
             self.error("bench", f"--tokens={tokens}", status=BAD_USAGE, says=["--tokens", tokens])
         self.error("bench", "--threads", "0", status=BAD_USAGE, says="--threads")
+        for threads in ((), ("--threads", "2"), ("--threads", "1,2")):
+            self.error("bench", "--cpu-time", *threads, status=BAD_USAGE, says=["--cpu-time", "--threads 1"])
         self.error("bench", "--act", "bf16", status=BAD_USAGE, says="--act")
         self.error("bench", "--isa", "mmx", status=BAD_USAGE, says="mmx")
         self.error("bench", "--device", "cuda", "--cpu-time", status=BAD_USAGE, says=["--cpu-time", "cuda"])
