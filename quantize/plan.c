@@ -174,7 +174,7 @@ moe4_status quantize_plan_make(struct quantize_plan *plan, struct lm *lm, const 
     LM_TRY(lm, moe4_checkpoint_open(&plan->ckpt, lm->ctx, in));
     LM_CHECK(lm, *moe4_checkpoint_config(plan->ckpt, NULL), MOE4_ERROR_NOT_FOUND, "%s: no config.json", in);
     for (int i = 0; i < 256; i++) plan->e4m3[i] = moe4_e4m3_to_float((uint8_t)i);
-    LM_TRY(lm, quantize_files_open(plan, in));
+    LM_TRY(lm, quantize_files_open(&plan->files, lm, plan->ckpt, in));
     for (size_t i = 0; i < moe4_checkpoint_n_tensors(plan->ckpt); i++) {
         moe4_tensor t;
         LM_TRY(lm, moe4_checkpoint_tensor(plan->ckpt, &t, i));
@@ -191,6 +191,6 @@ void quantize_plan_free(struct quantize_plan *plan) {
     for (size_t i = 0; i < plan->n_items; i++) free(plan->items[i].own_name);
     free(plan->items);
     json_decref(plan->made_with);
-    quantize_files_close(plan);
+    quantize_files_close(&plan->files);
     moe4_checkpoint_close(plan->ckpt);
 }

@@ -73,8 +73,7 @@ struct quantize_plan {
     struct lm *lm;
     const struct quantize_options *options;
     moe4_checkpoint *ckpt;
-    struct quantize_file_in *files;
-    size_t n_files;
+    struct quantize_files files;
     struct quantize_item *items; /* in the order of the checkpoint's tensors */
     size_t n_items, items_room;
     struct quantize_shard *shards;

@@ -1,11 +1,18 @@
 """moe4 compare: errors, orders and counts against the same sums in Python."""
 import json
 import math
+import os
+import pathlib
+import re
 import shutil
+import signal
+import struct
+import subprocess
+import time
 import unittest
 
 import tensors
-from cli_case import BAD_DATA, BAD_USAGE, MODEL, CliCase
+from cli_case import BAD_DATA, BAD_USAGE, MODEL, PROGRAM, CliCase
 
 
 class Compare(CliCase):
@@ -72,6 +79,70 @@ class Compare(CliCase):
         self.assertEqual((second["codes_differing"], second["scales_differing"], second["relative_error"]), (0, 0, 0))
         text = self.moe4("compare", other, MODEL, "--limit", 2).stdout.splitlines()
         self.assertEqual((len(text), text[1].split()[0], text[3].split()[:2]), (6, module, ["and", "527"]))
+
+    def test_single_files(self):
+        a, b = self.pair()
+        files, folders = (self.json("compare", x, y) for x, y in ((a / "model.safetensors", b / "model.safetensors"), (a, b)))
+        self.assertEqual((files["matrices"], files["others_same"]), (folders["matrices"], folders["others_same"]))
+
+    def test_fp8(self):
+        """Block-scaled, by row and with one scale, in more rows than are read at once: the values they stand for."""
+        e4m3 = [(b & 7) * 2.0**-9 if b < 8 else (8 + (b & 7)) * 2.0 ** ((b >> 3) - 10) for b in range(127)]
+        rows, cols = 300, 416
+        codes = [(i * 37 % 127) | (i % 3 == 0) << 7 for i in range(rows * cols)]
+        for shape, block_rows, block_cols in (((3, 4), 128, 128), ((rows, 1), 1, cols), ((), rows, cols)):
+            n_cols = -(-cols // block_cols)
+            scales = [0.5 + i % 7 for i in range(n_cols * -(-rows // block_rows))]
+            values = [e4m3[c & 127] * (-1 if c & 128 else 1) * scales[i // cols // block_rows * n_cols + i % cols // block_cols]
+                      for i, c in enumerate(codes)]  # fmt: skip
+            values[200 * cols + 5] += 1.0
+            suffix = "weight_scale_inv" if block_rows == 128 else "weight_scale"
+            tensors.write(self.folder / "fp8.safetensors", {"x.weight": ("F8_E4M3", [rows, cols], codes), f"x.{suffix}": ("F32", list(shape), scales)})
+            tensors.write(self.folder / "wide.safetensors", {"x.weight": ("F32", [rows, cols], values)})
+            (only,) = self.json("compare", self.folder / "fp8.safetensors", self.folder / "wide.safetensors")["matrices"]
+            self.assertAlmostEqual(only["relative_error"] * math.sqrt(sum(v * v for v in values)), 1, places=6)
+
+    def test_bad_scale(self):
+        """A scale that is NaN, past the rows that are read at once: the matrix and where to look."""
+        rows = 4000
+        parts = {"x.weight": ("U8", [rows, 32], [0] * rows * 32), "x.weight_scale": ("F8_E4M3", [rows, 4], [0x38] * (rows * 4 - 1) + [0x7F]),
+                 "x.weight_scale_2": ("F32", [], [1.0])}  # fmt: skip
+        tensors.write(self.folder / "a.safetensors", parts)
+        says = self.error("compare", self.folder / "a.safetensors", self.folder / "a.safetensors", status=BAD_DATA, says=["x: from row ", "0x7f, a NaN"])
+        start, row = (int(re.search(word + r" row (\d+)", says)[1]) for word in ("from", "scales:"))
+        self.assertEqual(start + row, rows - 1)
+
+    def test_cut_short_while_it_is_read(self):
+        """One of the files loses its second half in the middle of the run: an error, not a signal."""
+        rows, n = 4096, 6
+        header = {f"x{i}.weight": {"dtype": "F32", "shape": [rows, rows], "data_offsets": [i * rows**2 * 4, (i + 1) * rows**2 * 4]} for i in range(n)}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        a, b = self.folder / "a.safetensors", self.folder / "b.safetensors"
+        for attempt in range(20):
+            for path in (a, b):
+                path.write_bytes(struct.pack("<Q", len(text)) + text)
+                os.truncate(path, 8 + len(text) + n * rows**2 * 4)  # zeros that take no room
+            running = subprocess.Popen([PROGRAM, "compare", "--threads", "1", a, b], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while running.poll() is None and self.bytes_read(running.pid) < 10 << 20:
+                time.sleep(0.0005)
+            running.send_signal(signal.SIGSTOP)
+            os.truncate(b, 8 + len(text) + n // 2 * rows**2 * 4)
+            running.send_signal(signal.SIGCONT)
+            says = running.communicate()[1]
+            if running.returncode == 0:  # stopped too late
+                continue
+            self.assertEqual(running.returncode, BAD_DATA, says)
+            self.assertRegex(says, r"x\d: b.safetensors: was cut short: it ends at byte \d+ or before, \d+ more are needed")
+            return
+        self.fail("never stopped in time")
+
+    @staticmethod
+    def bytes_read(pid):
+        try:
+            return int(pathlib.Path(f"/proc/{pid}/io").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0
 
     def test_refused(self):
         a, b = self.pair()
