@@ -126,8 +126,7 @@ template <class S> static __device__ __forceinline__ void look_up_columns(const 
             to->row = !down ? r : run.result.y ? slot / run.top_k : slot;
             to->factor = factor ? factor[down ? r : x_row(run, slot)] : 1.f;
         }
-        __syncwarp();
-        if ((t & 31) == 0) mbarrier_arrive(smem_address(&s->columns_full[at.i]));
+        mbarrier_arrive(smem_address(&s->columns_full[at.i])); /* every lane, so that racecheck follows */
         at.next(PREFILL_ITEMS);
     }
 }

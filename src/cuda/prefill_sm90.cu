@@ -72,7 +72,7 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
         for (int i = 0; i < PREFILL_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
             mbarrier_init(smem_address(&s.item_empty[i]), S::groups * 4);
-            mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS / 32 - 1);
+            mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS - 32);
         }
         mbarrier_init_fence();
     }

@@ -1,14 +1,16 @@
 /* Rows of x to what the products read, of every kind: prepare.cu has the one that most calls need. Rows may be multiplied by their slot's
  * weight first, may be NVFP4 already, may belong to a dispatcher's slots, of which only the listed ones are touched, and may
  * stay fp32 for unquantized experts. Where a row has one slot and its expert takes the prefill kernel, it goes straight into that kernel's
- * tiles. A block has a row at a time. */
+ * tiles. A warp has a row where there are many, else a block; nothing waits for other rows. */
 #include "activation.cuh"
 #include "prefill.cuh"
 #include "slots.cuh"
 
-#define THREADS 512
+#define THREADS 256
 #define WARPS (THREADS / 32)
-#define MOST_BLOCKS 1024
+#define MANY_ROWS 2048 /* from so many on a warp takes a row: G, the threads of a row, is 32 or THREADS */
+#define MOST_BLOCKS 2048
+#define AT_ONCE 4 /* blocks of 16 elements of two bytes whose loads are under way in a thread */
 
 /* A row of x as the products see it, and where it comes from. */
 struct source {
@@ -39,52 +41,83 @@ static __device__ source find_source(const moe4_layer_run &run, int i) {
     return {diagonal ? i : slot, i, slot_expert(run, slot), given, first, run.weight_x ? run.weight_x[slot] : 1.f};
 }
 
-/* v = the 16 elements of block b of a row that is not NVFP4; zeros past its end. */
-static __device__ void load_block(float v[16], const moe4_layer_run &run, const source &s, int b) {
-    int left = run.w.hidden - 16 * b, size = run.x_dtype == MOE4_F32 ? 4 : 2;
-    const char *x = (const char *)run.x_in + (s.first + (size_t)(16 * b)) * (size_t)size;
-    if (left >= 16) {
-        load_16(v, x, run.x_dtype);
-    } else {
-        for (int i = 0; i < 16; i++) v[i] = i >= left ? 0.f : load_1(x, run.x_dtype, (size_t)i);
-    }
-    if (run.weight_x)
-        for (int i = 0; i < 16; i++) v[i] = __fmul_rn(v[i], s.weight);
+static __device__ bool is_wide(const moe4_layer_run &run) {
+    return run.x_dtype == MOE4_F32;
 }
 
-static __device__ uint32_t block_max(uint32_t v) {
-    __shared__ uint32_t warp_max[WARPS];
-    v = __reduce_max_sync(0xFFFFFFFFu, v);
+/* v = the 16 elements of block b of a row that is not NVFP4, wherever it begins and ends; zeros past its end. */
+static __device__ void load_any_block(float v[16], const moe4_layer_run &run, const source &s, int b) {
+    int left = run.w.hidden - 16 * b;
+    const char *x = (const char *)run.x_in + (s.first + (size_t)(16 * b)) * (is_wide(run) ? 4 : 2);
+    if (left >= 16)
+        load_16(v, x, run.x_dtype);
+    else
+        for (int i = 0; i < 16; i++) v[i] = i >= left ? 0.f : load_1(x, run.x_dtype, (size_t)i);
+}
+
+template <bool WIDE> struct raw_block { uint4 word[WIDE ? 4 : 2]; };
+
+template <bool WIDE> static __device__ __forceinline__ void widen_block(float v[16], const raw_block<WIDE> &raw, moe4_dtype dtype) {
+    const uint32_t *w = (const uint32_t *)raw.word;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        uint32_t half = w[i / 2] >> 16 * (i & 1) & 0xFFFF;
+        v[i] = WIDE                 ? __uint_as_float(w[i])
+               : dtype == MOE4_BF16 ? __uint_as_float(half << 16)
+                                    : __half2float(__ushort_as_half((unsigned short)half));
+    }
+}
+
+/* f(b, v) for this thread's blocks of a row, in all lanes of a warp that has some; zeros past the row's end. The loads of several are under
+ * way together. */
+template <int G, bool WIDE, class F> static __device__ __forceinline__ void for_blocks(const moe4_layer_run &run, const source &s, F f) {
+    constexpr int n_raw = WIDE ? AT_ONCE / 2 : AT_ONCE;
+    const char *x = (const char *)run.x_in + s.first * (WIDE ? 4 : 2);
+    int aligned = ((uintptr_t)x & 15) == 0 ? run.w.hidden / 16 : 0, n = run.w.hidden_units * 4;
+    for (int b0 = (int)threadIdx.x % G; (b0 & ~31) < n; b0 += n_raw * G) {
+        raw_block<WIDE> raw[n_raw];
+#pragma unroll
+        for (int j = 0; j < n_raw; j++)
+            if (b0 + j * G < aligned) {
+                const uint4 *from = (const uint4 *)(x + (size_t)(b0 + j * G) * (WIDE ? 64 : 32));
+#pragma unroll
+                for (int i = 0; i < (WIDE ? 4 : 2); i++) raw[j].word[i] = __ldcg(from + i);
+            }
+#pragma unroll
+        for (int j = 0; j < n_raw; j++) {
+            int b = b0 + j * G;
+            float v[16];
+            if ((b & ~31) >= n) break;
+            if (b < aligned) {
+                widen_block<WIDE>(v, raw[j], run.x_dtype);
+            } else {
+                fill_16(v, 0.f);
+                if (16 * b < run.w.hidden) load_any_block(v, run, s, b);
+            }
+            if (run.weight_x)
+                for (int i = 0; i < 16; i++) v[i] = __fmul_rn(v[i], s.weight);
+            f(b, v);
+        }
+    }
+}
+
+/* Over the threads of a row. */
+template <int G, bool MAX> static __device__ uint32_t reduce(uint32_t v) {
+    __shared__ uint32_t by_warp[WARPS];
+    v = MAX ? __reduce_max_sync(0xFFFFFFFFu, v) : __reduce_add_sync(0xFFFFFFFFu, v);
+    if (G == 32) return v;
     __syncthreads();
-    if ((threadIdx.x & 31) == 0) warp_max[threadIdx.x >> 5] = v;
+    if ((threadIdx.x & 31) == 0) by_warp[threadIdx.x >> 5] = v;
     __syncthreads();
-    for (int w = 0; w < WARPS; w++) v = max(v, warp_max[w]);
+    v = by_warp[0];
+    for (int w = 1; w < WARPS; w++) v = MAX ? max(v, by_warp[w]) : v + by_warp[w];
     return v;
 }
 
-static __device__ int block_sum(int v) {
-    __shared__ int warp_sum[WARPS];
-    v = __reduce_add_sync(0xFFFFFFFFu, v);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) warp_sum[threadIdx.x >> 5] = v;
-    __syncthreads();
-    int sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += warp_sum[w];
-    return sum;
-}
-
-/* The largest |x| of a row; first = the thread's first block of it. */
-static __device__ uint32_t row_amax(float first[16], const moe4_layer_run &run, const source &s) {
+template <int G, bool WIDE> static __device__ uint32_t row_amax(const moe4_layer_run &run, const source &s) {
     uint32_t amax = 0;
-    fill_16(first, 0.f);
-    if (16 * (int)threadIdx.x < run.w.hidden) load_block(first, run, s, (int)threadIdx.x);
-    amax = amax_bits_16(first);
-    for (int b = THREADS + (int)threadIdx.x; 16 * b < run.w.hidden; b += THREADS) {
-        float v[16];
-        load_block(v, run, s, b);
-        amax = max(amax, amax_bits_16(v));
-    }
-    return block_max(amax);
+    for_blocks<G, WIDE>(run, s, [&](int, const float v[16]) { amax = max(amax, amax_bits_16(v)); });
+    return reduce<G, true>(amax);
 }
 
 /* Where a rounded row goes. */
@@ -127,39 +160,42 @@ static __device__ void store_block(const moe4_layer_run &run, const target &to, 
     }
 }
 
-/* Whether a warp has blocks of a row from its lanes' b on. */
-static __device__ bool has_blocks(const moe4_layer_run &run, int b) {
-    return (b & ~31) < run.w.hidden_units * 4;
-}
-
-static __device__ void finish_row(const moe4_layer_run &run, int row, bool bad, int saturated, float factor) {
-    if (threadIdx.x) return;
+template <int G> static __device__ void finish_row(const moe4_layer_run &run, int row, bool bad, int saturated, float factor) {
+    if (threadIdx.x % G) return;
     run.x_bad[row] = bad;
     run.x_saturated[row] = saturated;
     if (run.x_factor) run.x_factor[row] = factor;
 }
 
-static __device__ void round_row(const moe4_layer_run &run, const source &s) {
-    float v[16], S = 1.f, decode = 1.f;
-    uint32_t amax = row_amax(v, run, s);
-    bool bad = amax >= MOE4_INF_BITS, rounds = run.act != MOE4_ACT_W4A16 && run.act != MOE4_ACT_BF16;
+/* A row that is not rounded to NVFP4 is read once: a NaN in it makes its products NaN, and an Inf becomes one. */
+template <int G, bool WIDE> static __device__ void convert_row(const moe4_layer_run &run, const source &s) {
+    target to = find_target(run, s);
+    uint32_t amax = 0;
+    for_blocks<G, WIDE>(run, s, [&](int b, float v[16]) {
+        uint32_t most = amax_bits_16(v);
+        if (most >= MOE4_INF_BITS)
+            for (int i = 0; i < 16; i++) v[i] = isfinite(v[i]) ? v[i] : __uint_as_float(0x7FFFFFFFu);
+        amax = max(amax, most);
+        store_block(run, to, b, v);
+    });
+    finish_row<G>(run, s.row, reduce<G, true>(amax) >= MOE4_INF_BITS, 0, 1.f);
+}
+
+template <int G, bool WIDE> static __device__ void round_row(const moe4_layer_run &run, const source &s) {
+    uint32_t amax = row_amax<G, WIDE>(run, s), saturated = 0;
+    float S = 1.f, decode = 1.f;
+    bool bad = amax >= MOE4_INF_BITS;
     target to = find_target(run, s);
     if (run.act == MOE4_ACT_TENSOR) amax = run.x_amax[run.slots_are == MOE4_SLOTS_DIAGONAL ? s.expert : 0];
-    if (rounds && !bad) S = encode_scale(run.act, amax, run.w.scale_x, s.expert, &decode);
-    int saturated = 0;
-    for (int b = threadIdx.x; has_blocks(run, b); b += THREADS) {
-        if (b >= THREADS) {
-            fill_16(v, 0.f);
-            if (16 * b < run.w.hidden) load_block(v, run, s, b);
-        }
+    if (!bad) S = encode_scale(run.act, amax, run.w.scale_x, s.expert, &decode);
+    for_blocks<G, WIDE>(run, s, [&](int b, float v[16]) {
         if (bad)
             fill_16(v, __uint_as_float(0x7FFFFFFFu));
-        else if (rounds)
-            saturated += round_16(v, S);
+        else
+            saturated += (uint32_t)round_16(v, S);
         store_block(run, to, b, v);
-    }
-    if (rounds) saturated = block_sum(saturated);
-    finish_row(run, s.row, bad, saturated, decode);
+    });
+    finish_row<G>(run, s.row, bad, (int)reduce<G, false>(saturated), decode);
 }
 
 /* ---- rows that are NVFP4 already ---- */
@@ -173,15 +209,15 @@ static __device__ uint8_t given_scale(const moe4_layer_run &run, size_t row, int
     return scales[512 * (row / 128 * n_quads + quad) + row % 32 * 16 + row % 128 / 32 * 4 + in_quad];
 }
 
-static __device__ void copy_row(const moe4_layer_run &run, const source &s) {
-    int n_blocks = run.w.hidden / 16;
+template <int G> static __device__ void copy_row(const moe4_layer_run &run, const source &s) {
+    int n_blocks = run.w.hidden / 16, t = (int)threadIdx.x % G;
     const uint8_t *codes = run.x_rows.codes + s.given * (size_t)(run.w.hidden / 2);
     float factor = run.x_rows.global[run.x_rows.global_per_row ? s.given : 0] * s.weight;
     uint32_t most = 0;
-    for (int b = threadIdx.x; b < n_blocks; b += THREADS) most = max(most, (uint32_t)given_scale(run, s.given, b));
-    bool bad = block_max(most) > 0x7E || !isfinite(factor);
+    for (int b = t; b < n_blocks; b += G) most = max(most, (uint32_t)given_scale(run, s.given, b));
+    bool bad = reduce<G, true>(most) > 0x7E || !isfinite(factor);
     target to = find_target(run, s);
-    for (int b = threadIdx.x; has_blocks(run, b); b += THREADS) {
+    for (int b = t; (b & ~31) < run.w.hidden_units * 4; b += G) {
         float v[16];
         fill_16(v, 0.f);
         if (b < n_blocks && !bad) {
@@ -195,40 +231,64 @@ static __device__ void copy_row(const moe4_layer_run &run, const source &s) {
         }
         store_block(run, to, b, v);
     }
-    finish_row(run, s.row, bad, 0, bad ? __uint_as_float(0x7FFFFFFFu) : factor);
+    finish_row<G>(run, s.row, bad, 0, bad ? __uint_as_float(0x7FFFFFFFu) : factor);
 }
 
 /* ---- kernels ---- */
 
-static __global__ void __launch_bounds__(THREADS) round_kernel(const __grid_constant__ moe4_layer_run run) {
-    for (int i = blockIdx.x, n = n_sources(run); i < n; i += gridDim.x) {
-        source s = find_source(run, i);
-        if (run.x_dtype == MOE4_NVFP4)
-            copy_row(run, s);
-        else
-            round_row(run, s);
-    }
+/* The rows of a warp or block, in turn. */
+template <int G, class F> static __device__ __forceinline__ void for_rows(const moe4_layer_run &run, F f) {
+    constexpr int at_once = THREADS / G;
+    for (int i = (int)blockIdx.x * at_once + (int)threadIdx.x / G, n = n_sources(run); i < n; i += (int)gridDim.x * at_once)
+        f(find_source(run, i));
 }
 
-static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_constant__ moe4_layer_run run) {
-    for (int i = blockIdx.x, n = n_sources(run); i < n; i += gridDim.x) {
-        source s = find_source(run, i);
-        float first[16];
-        uint32_t amax = row_amax(first, run, s);
-        if (threadIdx.x == 0 && amax < MOE4_INF_BITS) atomicMax(run.x_amax + (run.slots_are == MOE4_SLOTS_DIAGONAL ? s.expert : 0), amax);
+template <int G> static __global__ void __launch_bounds__(THREADS, 2) copy_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows<G>(run, [&](const source &s) { copy_row<G>(run, s); });
+}
+
+template <int G, bool WIDE>
+static __global__ void __launch_bounds__(THREADS, 2) convert_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows<G>(run, [&](const source &s) { convert_row<G, WIDE>(run, s); });
+}
+
+template <int G, bool WIDE> static __global__ void __launch_bounds__(THREADS, 2) round_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows<G>(run, [&](const source &s) { round_row<G, WIDE>(run, s); });
+}
+
+template <int G, bool WIDE> static __global__ void __launch_bounds__(THREADS, 2) amax_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows<G>(run, [&](const source &s) {
+        uint32_t amax = row_amax<G, WIDE>(run, s);
+        if (threadIdx.x % G || amax >= MOE4_INF_BITS) return;
+        atomicMax(run.x_amax + (run.slots_are == MOE4_SLOTS_DIAGONAL ? s.expert : 0), amax);
+    });
+}
+
+template <int G> static cudaError_t launch(const moe4_layer_run &run, unsigned blocks, cudaStream_t stream) {
+    bool wide = run.x_dtype == MOE4_F32;
+    if (run.x_dtype == MOE4_NVFP4) {
+        copy_kernel<G><<<blocks, THREADS, 0, stream>>>(run);
+        return cudaGetLastError();
     }
+    if (run.act == MOE4_ACT_W4A16 || run.act == MOE4_ACT_BF16) {
+        (wide ? convert_kernel<G, true> : convert_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
+        return cudaGetLastError();
+    }
+    if (run.act == MOE4_ACT_TENSOR) {
+        size_t n = run.slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)run.w.n : 1;
+        cudaError_t error = cudaMemsetAsync(run.x_amax, 0, n * sizeof *run.x_amax, stream);
+        if (error != cudaSuccess) return error;
+        (wide ? amax_kernel<G, true> : amax_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
+    }
+    (wide ? round_kernel<G, true> : round_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
+    return cudaGetLastError();
 }
 
 cudaError_t moe4_cuda_round_rows(const moe4_layer_run *run, cudaStream_t stream) {
     long long rows = (long long)run->n_tokens * run->top_k;
     if (!rows) return cudaSuccess;
-    unsigned blocks = (unsigned)(rows < MOST_BLOCKS ? rows : MOST_BLOCKS);
-    if (run->act == MOE4_ACT_TENSOR && run->x_dtype != MOE4_NVFP4) {
-        size_t n = run->slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)run->w.n : 1;
-        cudaError_t error = cudaMemsetAsync(run->x_amax, 0, n * sizeof *run->x_amax, stream);
-        if (error != cudaSuccess) return error;
-        amax_kernel<<<blocks, THREADS, 0, stream>>>(*run);
-    }
-    round_kernel<<<blocks, THREADS, 0, stream>>>(*run);
-    return cudaGetLastError();
+    bool many = rows >= MANY_ROWS;
+    long long blocks = many ? (rows + WARPS - 1) / WARPS : rows;
+    unsigned n = (unsigned)(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS); /* of max_rows, few may be there */
+    return many ? launch<32>(*run, n, stream) : launch<THREADS>(*run, n, stream);
 }
