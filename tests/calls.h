@@ -19,6 +19,27 @@ struct layer_call {
     moe4_scale_layout layout; /* of rows in NVFP4 */
 };
 
+/* Random ids of experts, one of eight -1. */
+static inline int32_t *random_ids(size_t n, size_t n_experts) {
+    int32_t *ids = malloc(n * sizeof *ids + 1);
+    for (size_t i = 0; i < n; i++) ids[i] = ref_random() % 8 == 0 ? -1 : (int32_t)(ref_random() % n_experts);
+    return ids;
+}
+
+/* T tokens with random x, weights and ids below n_experts. */
+static inline struct layer_call random_call(const struct layer *l, size_t T, size_t n_experts) {
+    return (struct layer_call){.l = l,
+                               .x = random_floats(T * l->hidden),
+                               .weights = random_routing_weights(T * l->k),
+                               .ids = random_ids(T * l->k, n_experts),
+                               .n_rows = T};
+}
+
+static inline void free_call(struct layer_call *c) {
+    const void *all[] = {c->x, c->weights, c->ids, c->offsets, c->counts, c->token};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free((void *)all[i]);
+}
+
 /* What stands in y where nothing is written. */
 static const float UNTOUCHED = 77;
 
@@ -68,10 +89,11 @@ static inline void run_moe(moe4_ctx *ctx, const moe4_moe *moe, float *y, moe4_mo
     free_given();
 }
 
-static inline void run_layer(moe4_ctx *ctx, float *y, moe4_moe_report *report, const struct layer_call *c, const moe4_moe_options *o) {
+static inline void run_layer(moe4_ctx *ctx, float *y, moe4_moe_report *report, uint64_t *counts, const struct layer_call *c,
+                             const moe4_moe_options *o) {
     moe4_moe *moe;
     OK(ctx, moe4_moe_create(&moe, ctx, c->l->expert, o));
-    run_moe(ctx, moe, y, report, NULL, c, o);
+    run_moe(ctx, moe, y, report, counts, c, o);
     moe4_moe_destroy(moe);
 }
 
@@ -90,9 +112,10 @@ static inline void expect_same_report(const moe4_moe_report *got, const moe4_moe
 static inline void compare_layers(const struct layer_call *c, const moe4_moe_options *o, bool twice, const char *what) {
     size_t rows = y_rows(c), hidden = c->l->hidden, n = rows * hidden;
     float *want = malloc(n * sizeof *want + 1), *got = malloc(n * sizeof *got + 1);
+    uint64_t *counts = calloc(2 * c->l->E, sizeof *counts), *got_counts = counts + c->l->E;
     moe4_moe_report a = MOE4_MOE_REPORT_INIT, b = MOE4_MOE_REPORT_INIT;
-    run_layer(cpu, want, &a, c, o);
-    run_layer(gpu, got, &b, c, o);
+    run_layer(cpu, want, &a, counts, c, o);
+    run_layer(gpu, got, &b, got_counts, c, o);
     moe4_act h = act_h(c->l, o->act == MOE4_ACT_DEFAULT ? MOE4_ACT_TOKEN : o->act);
     if (o->y_dtype == MOE4_BF16 && h == MOE4_ACT_BF16) h = MOE4_ACT_W4A16; /* the last rounding may go the other way */
     expect_close(got, want, rows, hidden, h, what);
@@ -102,12 +125,29 @@ static inline void compare_layers(const struct layer_call *c, const moe4_moe_opt
             break;
         }
     expect_same_report(&b, &a, what);
+    EXPECT(memcmp(counts, got_counts, c->l->E * sizeof *counts) == 0, "%s: other slots per expert\n", what);
     if (twice) {
-        run_layer(gpu, want, NULL, c, o);
+        run_layer(gpu, want, NULL, NULL, c, o);
         EXPECT(memcmp(got, want, n * sizeof *got) == 0, "%s: other bits the second time\n", what);
     }
+    free(counts);
     free(want);
     free(got);
+}
+
+/* Options of a layer that has experts `first` .. of n_experts; the activation turns with the mode. */
+static inline moe4_moe_options layer_options(const struct layer *l, moe4_act act, size_t first, size_t n_experts) {
+    moe4_moe_options o = MOE4_MOE_OPTIONS_INIT;
+    o.n_experts = n_experts;
+    o.first_expert = first;
+    o.n_local = l->E;
+    o.top_k = l->k;
+    o.act = act;
+    o.x_dtype = o.y_dtype = MOE4_F32;
+    if (act == MOE4_ACT_TOKEN) o.swiglu_limit = 4;
+    if (act == MOE4_ACT_STATIC) set_activation(&o, 1);
+    if (act == MOE4_ACT_TENSOR) o.activation = MOE4_GELU_TANH;
+    return o;
 }
 
 /* ---- linears and groups of rows ---- */

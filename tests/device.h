@@ -111,6 +111,16 @@ static int n_failures;
 
 /* ---- how close ---- */
 
+/* Relative L2 of a against b. */
+static inline double relative(const float *a, const float *b, size_t n) {
+    double num = 0, den = 0;
+    for (size_t i = 0; i < n; i++) {
+        num += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        den += (double)b[i] * b[i];
+    }
+    return num == 0 ? 0 : sqrt(num / den);
+}
+
 struct closeness {
     double worst;     /* relative L2 of a row */
     size_t n_off, at; /* rows that are past the tolerance; the worst row */

@@ -32,13 +32,18 @@ static inline struct layer random_layer(size_t E, size_t hidden, size_t intermed
     return l;
 }
 
+static inline void free_matrices(moe4_weight *w, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        free((void *)w[i].bias);
+        ref_free_weight(&w[i]);
+    }
+}
+
 static inline void free_layer(struct layer *l) {
     for (size_t e = 0; e < l->E; e++) {
-        moe4_weight *w[] = {&l->expert[e].gate, &l->expert[e].up, &l->expert[e].down};
-        for (int i = 0; i < 3; i++) {
-            free((void *)w[i]->bias);
-            ref_free_weight(w[i]);
-        }
+        free_matrices(&l->expert[e].gate, 1);
+        free_matrices(&l->expert[e].up, 1);
+        free_matrices(&l->expert[e].down, 1);
     }
     free(l->expert);
 }

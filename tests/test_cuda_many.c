@@ -38,8 +38,12 @@ static struct layer make_experts(size_t n, bool bias) {
     return l;
 }
 
+static int32_t *copy(const int32_t *v, size_t n) {
+    return memcpy(malloc(n * sizeof *v), v, n * sizeof *v);
+}
+
 static struct layer_call make_call(const struct layer *l, const struct routing *r, enum form form) {
-    struct layer_call c = {.l = l, .form = form, .n_rows = r->n_slots, .ids = r->expert, .offsets = r->offsets, .counts = EDGES};
+    struct layer_call c = {.l = l, .form = form, .n_rows = r->n_slots};
     if (form == BY_ID) c.n_rows = (r->n_slots + 1) / 2; /* two slots a token */
     if (form == BATCHED) c.n_rows = l->E * (c.max_rows = WIDEST);
     c.x = random_floats(c.n_rows * l->hidden);
@@ -48,13 +52,10 @@ static struct layer_call make_call(const struct layer *l, const struct routing *
     int32_t *token = malloc(c.n_rows * sizeof *token);
     for (size_t i = 0; i < c.n_rows; i++) token[i] = (int32_t)(ref_random() % c.n_tokens);
     c.token = token;
+    if (form == BY_ID) c.ids = copy(r->expert, 2 * c.n_rows);
+    c.offsets = copy(r->offsets, l->E + 1);
+    c.counts = copy(EDGES, l->E);
     return c;
-}
-
-static void free_call(struct layer_call *c) {
-    free((void *)c->x);
-    free((void *)c->weights);
-    free((void *)c->token);
 }
 
 static void test_layers(void **state) {
@@ -96,13 +97,6 @@ static void test_layers(void **state) {
         free(r.expert);
     }
     NO_FAILURES();
-}
-
-static void free_matrices(moe4_weight *w, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        free((void *)w[i].bias);
-        ref_free_weight(&w[i]);
-    }
 }
 
 static void test_linears(void **state) {
