@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "nvfp4.h"
 
 moe4_status moe4_weight_inspect(moe4_ctx *ctx, moe4_weight_stats *stats_ret, const moe4_weight *weight) {
     moe4_begin(ctx);
@@ -45,6 +46,14 @@ static float element(const moe4_weight *w, size_t i) {
     return w->dtype == MOE4_BF16 ? moe4_bf16_to_float(half) : moe4_f16_to_float(half);
 }
 
+/* Rows count from the weight's first, whichever are asked for. */
+static moe4_status check_scales(const moe4_ctx *ctx, const moe4_weight *w, size_t row, size_t n_rows) {
+    const size_t n = w->cols / MOE4_BLOCK;
+    for (size_t i = row * n; i < (row + n_rows) * n; i++)
+        if (w->scale[i] > 0x7e) return moe4_nvfp4_fail_scale(ctx, i / n, i % n, w->scale[i]);
+    return MOE4_OK;
+}
+
 moe4_status moe4_weight_values(moe4_ctx *ctx, float *y, const moe4_weight *weight, size_t row, size_t n_rows) {
     moe4_begin(ctx);
     MOE4_CHECK(ctx, weight && (y || !n_rows), MOE4_ERROR_ARGUMENT, "%s is NULL", weight ? "y" : "weight");
@@ -56,6 +65,7 @@ moe4_status moe4_weight_values(moe4_ctx *ctx, float *y, const moe4_weight *weigh
     if (w->dtype == MOE4_NVFP4) {
         moe4_quantize_options o = MOE4_QUANTIZE_OPTIONS_INIT;
         o.global = &w->global;
+        MOE4_TRY(check_scales(ctx, w, row, n_rows));
         return moe4_nvfp4_dequantize(ctx, y, MOE4_F32, 0, (const uint8_t *)w->data + row * (w->cols / 2),
                                      w->scale + row * (w->cols / MOE4_BLOCK), n_rows, w->cols, &o);
     }

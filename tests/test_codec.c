@@ -320,6 +320,8 @@ static void test_dequantize_errors(void **state) {
     scales[1] = 0x80;
     expect_error(ctx, DEQUANTIZE(32, 0), MOE4_ERROR_FORMAT, "row 0 block 1 is 0x80, signed");
 #undef DEQUANTIZE
+    const moe4_weight w = {.dtype = MOE4_NVFP4, .rows = 2, .cols = 32, .data = codes, .scale = scales, .global = 1};
+    expect_error(ctx, moe4_weight_values(ctx, y, &w, 1, 1), MOE4_ERROR_FORMAT, "row 1 block 1 is 0x7f, a NaN"); /* not row 0 of 1 */
     for (int i = 0; i < 64; i++) assert_true(y[i] == 77);
     expect_error(ctx, moe4_amax(ctx, NULL, y, MOE4_F32, 1, 16, 0), MOE4_ERROR_ARGUMENT, "amax_ret");
     expect_error(ctx, moe4_amax(ctx, y, y, MOE4_I8, 1, 16, 0), MOE4_ERROR_ARGUMENT, "dtype");
