@@ -32,6 +32,7 @@ struct bench {
     float *y;                   /* [T * top, N] */
     size_t *start;              /* [E + 1] positions of an expert's rows */
     const void **row;           /* [T * top] */
+    char *scratch;              /* [threads][gemm->scratch_bytes] */
     double cpu;                 /* of the run's tasks, all threads */
     atomic_size_t taken;
     pthread_mutex_t lock;
@@ -70,14 +71,15 @@ static void add(struct bench *b, double cpu, double macs) {
 /* Each thread takes pieces until none is left: one pair of clock readings for all of them. */
 static void gemm_task(void *arg, size_t task) {
     struct bench *b = arg;
-    (void)task;
     const double t0 = seconds(CLOCK_THREAD_CPUTIME_ID);
     const size_t blocks = (b->N + b->task_cols - 1) / b->task_cols;
     double macs = 0;
     for (size_t i; (i = atomic_fetch_add(&b->taken, 1)) < b->E * blocks;) {
         const size_t e = i / blocks, col0 = i % blocks * b->task_cols, pos = b->start[e], n = b->start[e + 1] - pos;
         const size_t n_cols = b->N - col0 < b->task_cols ? b->N - col0 : b->task_cols;
-        if (n) b->gemm->gemm(b->y + pos * b->N + col0, b->N, b->row + pos, n, &b->matrix[e], col0, n_cols, NULL);
+        if (n)
+            b->gemm->gemm(b->y + pos * b->N + col0, b->N, b->row + pos, n, &b->matrix[e], col0, n_cols, NULL,
+                          b->scratch + task * b->gemm->scratch_bytes);
         macs += (double)n * (double)b->K * (double)n_cols;
     }
     add(b, seconds(CLOCK_THREAD_CPUTIME_ID) - t0, macs);
@@ -206,6 +208,7 @@ int main(int argc, char **argv) {
     b.gemm = act == MOE4_ACT_W4A16 ? kernels.w4a16 : kernels.w4a4;
     if (!b.gemm || !b.gemm->packed_bytes) return 1;
 
+    b.scratch = huge(b.threads * b.gemm->scratch_bytes + 1);
     uint8_t *codes = malloc(b.N * b.K / 2), *scales = malloc(b.N * b.K / 16);
     b.matrix = calloc(b.E, sizeof *b.matrix);
     for (size_t i = 0; i < b.N * b.K / 2; i++) codes[i] = (uint8_t)random_bits();

@@ -230,27 +230,32 @@ static void (*const panel_passes[MAX_ROWS + 1])(float *y, size_t y_ld, const str
                                                 size_t n_blocks, size_t cols, bool first, bool last) = {
     NULL, panel_pass_1, panel_pass_2, panel_pass_3, panel_pass_4, panel_pass_5, panel_pass_6};
 
+/* gemm's scratch */
+struct panel {
+    struct cols8 cols[PANEL_COLS / 8][PANEL_BLOCKS];
+    struct spread rows[PANEL_BLOCKS][MAX_ROWS];
+};
+_Static_assert(sizeof(struct panel) % 64 == 0, "scratch of a call");
+
 /* y[m][0..n_cols) = rows m < n_rows against n_cols <= PANEL_COLS columns from tile w on. */
 static void gemm_panel(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_tile16 *w, size_t chunks,
-                       size_t n_cols) {
-    _Alignas(64) struct cols8 panel[PANEL_COLS / 8][PANEL_BLOCKS];
-    _Alignas(64) struct spread spread[PANEL_BLOCKS][MAX_ROWS];
+                       size_t n_cols, struct panel *panel) {
     const size_t n_passes = (n_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (size_t chunk = 0, n; chunk < chunks; chunk += n) {
         n = chunks - chunk < PANEL_CHUNKS ? chunks - chunk : PANEL_CHUNKS;
-        for (size_t col = 0; col < n_cols; col += 16) decode_tiles(panel + col / 8, w + col / 16 * chunks + chunk, n);
+        for (size_t col = 0; col < n_cols; col += 16) decode_tiles(panel->cols + col / 8, w + col / 16 * chunks + chunk, n);
         for (size_t pass = 0; pass < n_passes; pass++) {
             const size_t row0 = n_rows * pass / n_passes, n_m = n_rows * (pass + 1) / n_passes - row0;
-            spread_rows(spread, rows + row0, n_m, chunk, n);
+            spread_rows(panel->rows, rows + row0, n_m, chunk, n);
             for (size_t col = 0; col < n_cols; col += 8)
-                panel_passes[n_m](y + row0 * y_ld + col, y_ld, (const struct spread(*)[MAX_ROWS])spread, panel[col / 8], 4 * n,
+                panel_passes[n_m](y + row0 * y_ld + col, y_ld, (const struct spread(*)[MAX_ROWS])panel->rows, panel->cols[col / 8], 4 * n,
                                   n_cols - col, chunk == 0, chunk + n == chunks);
         }
     }
 }
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next) {
+                 const void *next, void *scratch) {
     if (n_rows < MANY_ROWS) {
         moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, MAX_ROWS);
         return;
@@ -258,7 +263,7 @@ static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, 
     const size_t chunks = (w->w.cols + 63) / 64;
     for (size_t col = 0; col < n_cols; col += PANEL_COLS)
         gemm_panel(y + col, y_ld, rows, n_rows, (const struct moe4_tile16 *)w->packed + (col0 + col) / 16 * chunks, chunks,
-                   n_cols - col < PANEL_COLS ? n_cols - col : PANEL_COLS);
+                   n_cols - col < PANEL_COLS ? n_cols - col : PANEL_COLS, scratch);
 }
 
 static size_t row_bytes(size_t k) {
@@ -300,6 +305,7 @@ static const struct moe4_gemm w4a4 = {
     .name = "w4a4 avx2",
     .tile_cols = 16,
     .many_cols = PANEL_COLS,
+    .scratch_bytes = sizeof(struct panel),
     .layout = MOE4_TILE16_LAYOUT,
     .packed_bytes = moe4_tile16_bytes,
     .pack = moe4_tile16_pack,

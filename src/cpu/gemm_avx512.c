@@ -173,7 +173,8 @@ static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,    pass_1,  pass_2, 
                                                       pass_16, pass_17, pass_18, pass_19, pass_20, pass_21, pass_22};
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next) {
+                 const void *next, void *scratch) {
+    (void)scratch;
     moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, BEST_ROWS);
 }
 

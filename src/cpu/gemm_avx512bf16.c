@@ -148,7 +148,8 @@ static const moe4_tile16_pass passes[MAX_ROWS + 1] = {NULL,   pass_1, pass_2,  p
                                                       pass_8, pass_9, pass_10, pass_11, pass_12, pass_13, pass_14};
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next) {
+                 const void *next, void *scratch) {
+    (void)scratch;
     moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, passes, MAX_ROWS, MAX_ROWS);
 }
 

@@ -101,7 +101,8 @@ static void panel_times_rows(float *y, size_t y_ld, const void *const *rows, siz
 }
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next) {
+                 const void *next, void *scratch) {
+    (void)scratch;
     (void)next;
     _Alignas(16) float panel[COLS][CHUNK];
     const size_t K = w->w.cols;

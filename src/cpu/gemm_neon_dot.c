@@ -186,12 +186,14 @@ static const moe4_tile16_pass i8mm_passes[MAX_ROWS + 1] = {NULL, dot_1, pairs_2,
 /* ---- the families ---- */
 
 static void gemm_dot(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                     const void *next) {
+                     const void *next, void *scratch) {
+    (void)scratch;
     moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, dot_passes, MAX_ROWS, MAX_ROWS);
 }
 
 static void gemm_i8mm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0,
-                      size_t n_cols, const void *next) {
+                      size_t n_cols, const void *next, void *scratch) {
+    (void)scratch;
     moe4_tile16_gemm(y, y_ld, rows, n_rows, w, col0, n_cols, next, i8mm_passes, MAX_ROWS, MAX_ROWS);
 }
 

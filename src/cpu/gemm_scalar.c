@@ -31,7 +31,8 @@ static void widen(float *out, const moe4_weight *w, size_t col, size_t k0, size_
 }
 
 static void gemm(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next) {
+                 const void *next, void *scratch) {
+    (void)scratch;
     (void)next;
     float chunk[CHUNK];
     size_t K = w->w.cols;

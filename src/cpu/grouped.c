@@ -18,6 +18,7 @@ struct buffers {
     float *factor, *input_scale, *scratch;
     int32_t *index; /* row of x, in rows of K, for each position */
     const void **row;
+    char *lanes;
 };
 
 static bool carve(size_t *bytes, struct buffers *b, const moe4_grouped *g, size_t n_rows, void *base) {
@@ -31,6 +32,7 @@ static bool carve(size_t *bytes, struct buffers *b, const moe4_grouped *g, size_
     b->index = moe4_carve(&c, n_pos, sizeof *b->index);
     b->row = moe4_carve(&c, n_pos, sizeof *b->row);
     b->scratch = moe4_carve(&c, moe4_row_tasks(g->ctx), moe4_row_scratch_bytes(g->cols));
+    b->lanes = moe4_carve(&c, moe4_ctx_n_threads(g->ctx), moe4_lane_bytes(p->gemm, 1, n_rows));
     *bytes = c.used;
     return !c.overflow && n_pos <= INT32_MAX;
 }
@@ -90,19 +92,20 @@ static void pack_rows(const struct run *r, size_t pos, size_t n, const void *x, 
     *n_saturated += stage.n_saturated;
 }
 
-static void product_task(void *arg, size_t task) {
+static void product_item(void *arg, size_t item, size_t lane) {
     const struct run *r = arg;
     const moe4_grouped *g = r->c->grouped;
     const struct moe4_cpu_matrices *p = g->prepared;
     const struct moe4_kernels *kernels = g->ctx->kernels;
     const size_t cols = r->task.cols;
-    size_t group = task / r->n_blocks, col0 = task % r->n_blocks * cols, pos, n_group, row;
+    size_t group = item / r->n_blocks, col0 = item % r->n_blocks * cols, pos, n_group, row;
     size_t n_cols = g->rows - col0 < cols ? g->rows - col0 : cols;
     group_part(r, group, &pos, &n_group, &row);
-    _Alignas(64) float out[MOE4_TASK_FLOATS];
+    void *scratch = r->b.lanes + lane * moe4_lane_bytes(p->gemm, 1, r->c->n_rows);
+    float *out = (float *)(void *)((char *)scratch + p->gemm->scratch_bytes);
     for (size_t m0 = 0; m0 < n_group; m0 += r->task.rows) {
         size_t n = n_group - m0 < r->task.rows ? n_group - m0 : r->task.rows;
-        p->gemm->gemm(out, cols, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols, NULL);
+        p->gemm->gemm(out, cols, r->b.row + pos + m0, n, &p->matrix[group], col0, n_cols, NULL, scratch);
         for (size_t m = 0; m < n; m++) {
             size_t at = (row + m0 + m) * g->o.y_ld + col0 + (r->c->offsets ? 0 : group * g->rows);
             moe4_cpu_finish_row(kernels, out + m * cols, &g->weight[group], col0, n_cols, r->b.factor[pos + m0 + m]);
@@ -129,6 +132,6 @@ moe4_status moe4_cpu_grouped_forward(const struct moe4_grouped_call *c) {
             pack_rows(&r, i * c->n_rows, c->n_rows, (const char *)c->x + i * g->cols * moe4_dtype_bytes(g->o.x_dtype), NULL, &n_saturated);
     }
     if (c->n_saturated) *c->n_saturated = n_saturated;
-    moe4_run(g->ctx, g->n_groups * r.n_blocks, (double)r.n_pos * (double)g->rows * (double)g->cols, product_task, &r);
+    moe4_run_lanes(g->ctx, g->n_groups * r.n_blocks, (double)r.n_pos * (double)g->rows * (double)g->cols, product_item, &r);
     return MOE4_OK;
 }

@@ -69,9 +69,11 @@ struct moe4_gemm {
                        size_t k);
 
     /* y[m * y_ld + j] = row m . W[col0 + j], j < n_cols, without any global scale or factor. `next`, or NULL, is where packed weights are
-     * read next, by the caller's next call: prefetching goes on there. */
+     * read next, by the caller's next call: prefetching goes on there. `scratch` [scratch_bytes], 64-byte aligned, is the call's own:
+     * stacks may be small. */
     void (*gemm)(float *y, size_t y_ld, const void *const *rows, size_t n_rows, const struct moe4_matrix *w, size_t col0, size_t n_cols,
-                 const void *next);
+                 const void *next, void *scratch);
+    size_t scratch_bytes; /* a multiple of 64 */
 };
 
 struct moe4_kernels {

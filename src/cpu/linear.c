@@ -41,6 +41,7 @@ struct buffers {
     void *rows;
     float *factor, *scratch;
     const void **row;
+    char *lanes;
 };
 
 static bool carve(size_t *bytes, struct buffers *b, const moe4_linear *l, size_t n_tokens, void *base) {
@@ -50,6 +51,7 @@ static bool carve(size_t *bytes, struct buffers *b, const moe4_linear *l, size_t
     b->factor = moe4_carve(&c, n_tokens, sizeof *b->factor);
     b->row = moe4_carve(&c, n_tokens, sizeof *b->row);
     b->scratch = moe4_carve(&c, moe4_row_tasks(l->ctx), moe4_row_scratch_bytes(l->cols));
+    b->lanes = moe4_carve(&c, moe4_ctx_n_threads(l->ctx), moe4_lane_bytes(p->gemm, 1, n_tokens));
     *bytes = c.used;
     return !c.overflow;
 }
@@ -66,19 +68,20 @@ struct run {
     size_t row_blocks;
 };
 
-static void product_task(void *arg, size_t task) {
+static void product_item(void *arg, size_t item, size_t lane) {
     const struct run *r = arg;
     const moe4_linear *l = r->c->linear;
     const struct moe4_cpu_matrices *p = l->prepared;
-    const size_t cols = r->task.cols, row0 = task % r->row_blocks * r->task.rows;
-    size_t block = task / r->row_blocks, i = 0;
+    const size_t cols = r->task.cols, row0 = item % r->row_blocks * r->task.rows;
+    size_t block = item / r->row_blocks, i = 0;
     for (size_t n; block >= (n = (l->weight[i].rows + cols - 1) / cols); i++) block -= n;
     size_t N = l->weight[i].rows, col0 = block * cols;
     size_t n_cols = N - col0 < cols ? N - col0 : cols;
     size_t n_rows = r->c->n_tokens - row0 < r->task.rows ? r->c->n_tokens - row0 : r->task.rows;
 
-    _Alignas(64) float out[MOE4_TASK_FLOATS];
-    p->gemm->gemm(out, cols, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols, NULL);
+    void *scratch = r->b.lanes + lane * moe4_lane_bytes(p->gemm, 1, r->c->n_tokens);
+    float *out = (float *)(void *)((char *)scratch + p->gemm->scratch_bytes);
+    p->gemm->gemm(out, cols, r->b.row + row0, n_rows, &p->matrix[i], col0, n_cols, NULL, scratch);
     for (size_t m = 0; m < n_rows; m++) {
         char *y = (char *)r->c->y[i] + ((row0 + m) * N + col0) * moe4_dtype_bytes(l->o.y_dtype);
         moe4_cpu_finish_row(l->ctx->kernels, out + m * cols, &l->weight[i], col0, n_cols, r->b.factor[row0 + m]);
@@ -113,6 +116,6 @@ moe4_status moe4_cpu_linear_forward(const struct moe4_linear_call *c) {
     r.task = moe4_task_size(l->ctx, p->gemm, c->n_tokens, 1, n_cols, l->cols);
     r.row_blocks = (c->n_tokens + r.task.rows - 1) / r.task.rows;
     for (size_t i = 0; i < l->n_weights; i++) n_blocks += (l->weight[i].rows + r.task.cols - 1) / r.task.cols;
-    moe4_run(l->ctx, n_blocks * r.row_blocks, (double)c->n_tokens * (double)n_cols * (double)l->cols, product_task, &r);
+    moe4_run_lanes(l->ctx, n_blocks * r.row_blocks, (double)c->n_tokens * (double)n_cols * (double)l->cols, product_item, &r);
     return MOE4_OK;
 }

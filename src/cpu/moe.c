@@ -53,17 +53,22 @@ static void carve_group(struct moe4_carver *v, struct moe4_cpu_group *g, const s
 static bool carve(size_t *bytes, const struct moe4_moe_call *c, void *base, struct moe4_cpu_state *state) {
     struct moe4_carver v = {.base = base};
     size_t widest = c->moe->hidden;
+    state->lane_bytes = 0;
     moe4_carve(&v, 1, sizeof *state);
     state->n_groups = c->by_rows ? 1 : c->moe->n_groups;
     for (size_t i = 0; i < state->n_groups; i++) {
         carve_group(&v, &state->group[i], c, i);
         if (c->moe->group[i].intermediate > widest) widest = c->moe->group[i].intermediate;
+        const struct moe4_cpu_experts *cpu = state->group[i].cpu;
+        const size_t x = moe4_lane_bytes(cpu->x, 2, group_positions(c, i)), h = moe4_lane_bytes(cpu->h, 0, 0), lane = x > h ? x : h;
+        if (lane > state->lane_bytes) state->lane_bytes = lane;
     }
     if (c->by_rows) {
         state->token_start = moe4_carve(&v, c->n_tokens + 1, sizeof *state->token_start);
         state->token_pos = moe4_carve(&v, c->n_rows, sizeof *state->token_pos);
     }
     state->scratch = moe4_carve(&v, moe4_row_tasks(c->moe->ctx), moe4_row_scratch_bytes(widest));
+    state->lanes = moe4_carve(&v, moe4_ctx_n_threads(c->moe->ctx), state->lane_bytes);
     *bytes = v.used;
     return !v.overflow;
 }

@@ -43,6 +43,8 @@ struct moe4_cpu_state {
     moe4_moe_report report;
     struct moe4_cpu_group group[MOE4_MAX_GROUPS];
     float *scratch; /* a row for each packing task, a row for each combining task */
+    char *lanes;    /* [threads][lane_bytes] gate's and up's outputs and what a product needs */
+    size_t lane_bytes;
     double lap;
 };
 

@@ -89,8 +89,9 @@ moe4_status moe4_cpu_quantize_h(const struct moe4_moe_call *c) {
 /* A product over all experts of a group that were hit: item = (hit expert, block of columns). Each thread takes items one by one, the
  * next one before it reads the weights of its last matrix, so that prefetching runs on into those. */
 struct product {
+    const struct moe4_cpu_state *s;
     const struct moe4_cpu_group *g;
-    void (*compute)(struct product *p, size_t item, size_t *next);
+    void (*compute)(struct product *p, size_t item, size_t *next, void *lane);
     struct moe4_task_size task;
     size_t n_cols, blocks; /* of one expert */
     size_t n_items;
@@ -119,19 +120,20 @@ static size_t take_item(struct product *p) {
     return atomic_fetch_add_explicit(&p->taken, 1, memory_order_relaxed);
 }
 
-static void run_items(void *arg, size_t task) {
+static void run_lane(void *arg, size_t lane) {
     struct product *p = arg;
-    (void)task;
-    for (size_t item = take_item(p), next; item < p->n_items; item = next) p->compute(p, item, &next);
+    for (size_t item = take_item(p), next; item < p->n_items; item = next)
+        p->compute(p, item, &next, p->s->lanes + lane * p->s->lane_bytes);
 }
 
-static void run_product(const moe4_ctx *ctx, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols, size_t k,
-                        int n_products, struct moe4_glu glu, void (*compute)(struct product *, size_t, size_t *)) {
-    struct product p = {.g = g, .compute = compute, .n_cols = n_cols, .glu = glu};
+static void run_product(const struct moe4_cpu_state *s, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols,
+                        size_t k, int n_products, struct moe4_glu glu, void (*compute)(struct product *, size_t, size_t *, void *)) {
+    const moe4_ctx *ctx = s->moe->ctx;
+    struct product p = {.s = s, .g = g, .compute = compute, .n_cols = n_cols, .glu = glu};
     p.task = moe4_task_size(ctx, gemm, g->n_pos, g->n_hit, n_cols, k);
     p.blocks = (n_cols + p.task.cols - 1) / p.task.cols;
     p.n_items = g->n_hit * p.blocks;
-    moe4_run(ctx, moe4_ctx_n_threads(ctx), (double)g->n_pos * (double)n_cols * (double)k * n_products, run_items, &p);
+    moe4_run(ctx, moe4_ctx_n_threads(ctx), (double)g->n_pos * (double)n_cols * (double)k * n_products, run_lane, &p);
 }
 
 /* Where the weights of columns from col0 on start, for families that pack them. */
@@ -139,23 +141,24 @@ static const void *weights_at(const struct moe4_matrix *w, size_t col0) {
     return w->packed ? moe4_tile16_at(w, col0) : NULL;
 }
 
-static void gate_up_item(struct product *p, size_t item, size_t *next_item) {
+static void gate_up_item(struct product *p, size_t item, size_t *next_item, void *lane) {
     const struct moe4_cpu_group *g = p->g;
     const struct moe4_gemm *gemm = g->cpu->x;
     const struct moe4_kernels *kernels = g->cpu->kernels;
     struct part t = item_part(p, item);
     bool gated = p->glu.kind != MOE4_RELU2;
     const size_t ld = p->task.cols;
-    _Alignas(64) float gate[MOE4_TASK_FLOATS], up[MOE4_TASK_FLOATS];
+    float *gate = (float *)(void *)((char *)lane + gemm->scratch_bytes),
+          *up = gate + ld * (t.n_pos < p->task.rows ? t.n_pos : p->task.rows);
     for (size_t m0 = 0; m0 < t.n_pos; m0 += p->task.rows) {
         size_t n = t.n_pos - m0 < p->task.rows ? t.n_pos - m0 : p->task.rows, pos = t.pos0 + m0;
         const void *next = NULL;
-        if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols, weights_at(&t.e->up, t.col0));
+        if (gated) gemm->gemm(gate, ld, g->x_row + pos, n, &t.e->gate, t.col0, t.n_cols, weights_at(&t.e->up, t.col0), lane);
         if (m0 + n == t.n_pos && (*next_item = take_item(p)) < p->n_items) {
             struct part after = item_part(p, *next_item);
             next = weights_at(gated ? &after.e->gate : &after.e->up, after.col0);
         }
-        gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols, next);
+        gemm->gemm(up, ld, g->x_row + pos, n, &t.e->up, t.col0, t.n_cols, next, lane);
         for (size_t m = 0; m < n; m++) {
             float *gm = gate + m * ld, *um = up + m * ld;
             float factor = g->x_factor[g->x_by_pos ? pos + m : (size_t)g->token[pos + m]];
@@ -172,13 +175,13 @@ moe4_status moe4_cpu_gate_up(const struct moe4_moe_call *c) {
     const struct moe4_glu glu = {o->activation, o->swiglu_alpha, o->swiglu_beta, o->swiglu_limit};
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->cpu->x, g->set->intermediate, g->set->hidden, 2, glu, gate_up_item);
+        run_product(s, g, g->cpu->x, g->set->intermediate, g->set->hidden, 2, glu, gate_up_item);
     }
     moe4_cpu_lap(s, MOE4_STAGE_GATE_UP);
     return MOE4_OK;
 }
 
-static void down_item(struct product *p, size_t item, size_t *next_item) {
+static void down_item(struct product *p, size_t item, size_t *next_item, void *lane) {
     const struct moe4_cpu_group *g = p->g;
     struct part t = item_part(p, item);
     size_t hidden = g->set->hidden;
@@ -190,7 +193,7 @@ static void down_item(struct product *p, size_t item, size_t *next_item) {
             struct part after = item_part(p, *next_item);
             next = weights_at(&after.e->down, after.col0);
         }
-        g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols, next);
+        g->cpu->h->gemm(o, hidden, g->h_row + pos, n, &t.e->down, t.col0, t.n_cols, next, lane);
         for (size_t m = 0; m < n; m++)
             moe4_cpu_finish_row(g->cpu->kernels, o + m * hidden, &t.w->down, t.col0, t.n_cols, g->h_factor[pos + m]);
     }
@@ -200,7 +203,7 @@ moe4_status moe4_cpu_down(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     for (size_t i = 0; i < s->n_groups; i++) {
         const struct moe4_cpu_group *g = &s->group[i];
-        run_product(c->moe->ctx, g, g->cpu->h, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_item);
+        run_product(s, g, g->cpu->h, g->set->hidden, g->set->intermediate, 1, (struct moe4_glu){0}, down_item);
     }
     moe4_cpu_lap(s, MOE4_STAGE_DOWN);
     return MOE4_OK;

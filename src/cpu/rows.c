@@ -104,9 +104,34 @@ void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void 
     moe4_pool_run(ctx->pool, n_tasks, work < (double)SIZE_MAX ? (size_t)(work / MOE4_THREAD_WORK) : SIZE_MAX, fn, arg);
 }
 
+struct lanes {
+    void (*fn)(void *arg, size_t item, size_t lane);
+    void *arg;
+    size_t n_items;
+    atomic_size_t taken;
+};
+
+static void run_lane(void *arg, size_t lane) {
+    struct lanes *r = arg;
+    for (size_t i; (i = atomic_fetch_add_explicit(&r->taken, 1, memory_order_relaxed)) < r->n_items;) r->fn(r->arg, i, lane);
+}
+
+void moe4_run_lanes(const moe4_ctx *ctx, size_t n_items, double work, void (*fn)(void *arg, size_t item, size_t lane), void *arg) {
+    struct lanes r = {.fn = fn, .arg = arg, .n_items = n_items};
+    const size_t n_threads = moe4_ctx_n_threads(ctx);
+    moe4_run(ctx, n_items < n_threads ? n_items : n_threads, work, run_lane, &r);
+}
+
+enum { MOST_COLS = 8 * MOE4_TASK_COLS }; /* of a task */
+
+size_t moe4_lane_bytes(const struct moe4_gemm *gemm, size_t n_outputs, size_t n_rows) {
+    const size_t floats = n_rows < MOE4_TASK_FLOATS / MOST_COLS ? n_rows * MOST_COLS : MOE4_TASK_FLOATS;
+    return n_outputs * floats * sizeof(float) + gemm->scratch_bytes;
+}
+
 struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm *gemm, size_t n_rows, size_t n_matrices, size_t n_cols,
                                      size_t k) {
-    enum { MOST_COLS = 8 * MOE4_TASK_COLS, WEIGHT_BYTES = 300 << 10, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
+    enum { WEIGHT_BYTES = 300 << 10, FEW_ROWS = 4, TASKS_PER_THREAD = 8 };
     if (!gemm->pack) return (struct moe4_task_size){MOE4_TASK_COLS, MOE4_TASK_FLOATS / MOE4_TASK_COLS}; /* decodes once for all rows */
     /* Each task starts a new stream of weights, so its columns are many, while there are tasks enough for all threads. Few rows read
      * their weights once; for many they should stay in the second-level cache, unless a call reads them only once anyway. */

@@ -68,4 +68,9 @@ struct moe4_task_size moe4_task_size(const moe4_ctx *ctx, const struct moe4_gemm
 enum { MOE4_THREAD_WORK = 1 << 17 };
 void moe4_run(const moe4_ctx *ctx, size_t n_tasks, double work, void (*fn)(void *arg, size_t task), void *arg);
 
+/* The same for items of a product: no two at a time have the same lane < moe4_ctx_n_threads, so memory of a lane is an item's own while
+ * it runs. A lane is for the scratch of `gemm`, then the outputs of n_outputs products of at most n_rows rows. */
+void moe4_run_lanes(const moe4_ctx *ctx, size_t n_items, double work, void (*fn)(void *arg, size_t item, size_t lane), void *arg);
+size_t moe4_lane_bytes(const struct moe4_gemm *gemm, size_t n_outputs, size_t n_rows);
+
 #endif

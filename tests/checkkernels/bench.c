@@ -94,13 +94,14 @@ static struct {
     struct moe4_matrix w;
     const void *rows[MOST_ROWS];
     size_t n_rows;
+    void *scratch;
     float y[MOST_ROWS * COLS];
 } product;
 
 static void multiply(const struct moe4_kernels *k) {
     (void)k;
     for (size_t col = 0; col < COLS; col += MOE4_TASK_COLS)
-        product.gemm->gemm(product.y + col, COLS, product.rows, product.n_rows, &product.w, col, MOE4_TASK_COLS, NULL);
+        product.gemm->gemm(product.y + col, COLS, product.rows, product.n_rows, &product.w, col, MOE4_TASK_COLS, NULL, product.scratch);
 }
 
 static void *allocate(size_t bytes) {
@@ -120,6 +121,7 @@ static double product_rate(const struct moe4_kernels *k, const struct moe4_gemm 
     product.gemm = gemm;
     product.w.w = (moe4_weight){.dtype = dtype, .rows = COLS, .cols = K, .data = data, .scale = scale, .global = 1};
     product.w.packed = packed = allocate(gemm->packed_bytes(&product.w.w) + 1);
+    product.scratch = allocate(gemm->scratch_bytes + 1);
     if (gemm->packed_bytes(&product.w.w)) gemm->pack(packed, &product.w.w, 0, COLS);
     product.n_rows = n_rows;
     for (size_t m = 0; m < n_rows; m++) {
@@ -132,6 +134,7 @@ static double product_rate(const struct moe4_kernels *k, const struct moe4_gemm 
     free(scale);
     free(rows);
     free(packed);
+    free(product.scratch);
     return 1e-9 * K * COLS * (double)n_rows / seconds;
 }
 

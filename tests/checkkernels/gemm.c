@@ -17,6 +17,7 @@ struct product {
     size_t k, n, n_rows;
     const void *rows[MOST_ROWS];
     float factor[MOST_ROWS];
+    void *scratch;
     double *a, *b; /* values [n_rows, k] and [n, k] */
     bool counted;  /* saturated blocks as the scalar quantizer counts them */
     bool kept;     /* codes packed as they are give the row that rounding gave */
@@ -126,7 +127,7 @@ static bool same_in_pieces(struct check *c, const struct product *p, const float
     for (int piece = 3; piece >= 0; piece--) {
         size_t col0 = piece % 2 ? col : 0, n = piece % 2 ? p->n - col : col, m = piece / 2 ? row : 0,
                n_m = piece / 2 ? p->n_rows - row : row;
-        if (n && n_m) p->gemm->gemm(z + m * p->n + col0, p->n, p->rows + m, n_m, &p->w, col0, n, NULL);
+        if (n && n_m) p->gemm->gemm(z + m * p->n + col0, p->n, p->rows + m, n_m, &p->w, col0, n, NULL, p->scratch);
     }
     bool same = true;
     for (size_t m = 0; m < p->n_rows; m++) same &= same_bytes(z + m * p->n, y + m * y_ld, p->n * sizeof *z);
@@ -155,7 +156,8 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
         size_t y_ld = p.n + random_below(&c->random, 3);
         float *y = guarded(((p.n_rows - 1) * y_ld + p.n) * sizeof *y, side);
         for (size_t j = 0; j < (p.n_rows - 1) * y_ld + p.n; j++) y[j] = NAN; /* a result must be written, and nothing between rows */
-        gemm->gemm(y, y_ld, p.rows, p.n_rows, &p.w, 0, p.n, NULL);
+        p.scratch = guarded(gemm->scratch_bytes, AT_END);
+        gemm->gemm(y, y_ld, p.rows, p.n_rows, &p.w, 0, p.n, NULL, p.scratch);
         *(integers ? &exact : &close) &= close_to_fp64(&p, y, y_ld, integers);
         same &= same_in_pieces(c, &p, y, y_ld, side);
         for (size_t m = 0; m + 1 < p.n_rows; m++)

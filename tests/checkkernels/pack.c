@@ -22,8 +22,9 @@ static void check_zero_scales(struct check *c) {
     gemm->pack_codes(c->k, row, &factor, codes, zeros, K);
     const void *rows[] = {row, row};
     float pair[2 * N];
-    gemm->gemm(y, N, rows, 1, &m, 0, N, NULL);
-    gemm->gemm(pair, N, rows, 2, &m, 0, N, NULL);
+    void *scratch = guarded(gemm->scratch_bytes, AT_END);
+    gemm->gemm(y, N, rows, 1, &m, 0, N, NULL, scratch);
+    gemm->gemm(pair, N, rows, 2, &m, 0, N, NULL, scratch);
     bool ok = true;
     for (size_t j = 0; j < N; j++) ok &= y[j] == 0 && pair[j] == 0 && pair[N + j] == 0;
     ok &= guarded_release();
