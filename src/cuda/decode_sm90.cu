@@ -6,7 +6,7 @@
  *
  *   16 warps  consume, in four groups of four that have 32 rows each. A warp takes two units of a stage, decodes them in registers and
  *             multiplies; at an item's end it leaves its partial sums in shared memory and goes on
- *   2 warps   finish: add the partial sums, store h or o, and tell the other blocks what is done
+ *   2 warps   finish: add the partial sums of eight columns at a time, store h or o, and tell the other blocks what is done
  *   a warp    draws tickets, fills a ring of stages with packed weights by bulk copies
  *   a warp    fills the same stages with the activation rows of the item's columns, gathered by index
  *
@@ -75,7 +75,7 @@ static __device__ __forceinline__ void multiply_unit(float acc[MOE4_ROW_TILES][N
  * of k, with two row tiles to two. */
 template <int NT, class S>
 static __device__ __forceinline__ void consume_item(int units, const consumer &self, const barriers &bar, float *partials, ring *stage,
-                                                    uint32_t *partial_parity, int finisher) {
+                                                    round_ring *round) {
     constexpr int step = S::units / 2, n_slices = S::item_tiles;
     constexpr uint32_t unit_step = step * MOE4_UNIT_BYTES, x_step = step * MOE4_UNIT_K * 2;
     float acc[n_slices][MOE4_ROW_TILES][NT][4];
@@ -101,11 +101,11 @@ static __device__ __forceinline__ void consume_item(int units, const consumer &s
     }
     if (n_slices == 2) add_slices<NT>(acc[0], acc[n_slices - 1]);
 #pragma unroll
-    for (int j0 = 0; j0 < NT; j0 += 2) {
-        mbarrier_wait(bar.partial_empty(), *partial_parity);
-        store_partials<NT>(partials + (threadIdx.x >> 5) * S::warp_floats, threadIdx.x & 31, acc[0], j0);
-        mbarrier_arrive(bar.partial_full(finisher));
-        *partial_parity ^= 1;
+    for (int j = 0; j < NT; j++) {
+        mbarrier_wait(bar.partial_empty(round->i()), round->parity());
+        store_partials<NT>(partials + round->i() * ROUND_FLOATS + (threadIdx.x >> 5) * MOE4_WARP_FLOATS, threadIdx.x & 31, acc[0], j);
+        mbarrier_arrive(bar.partial_full(round->i()));
+        round->n++;
     }
 }
 
@@ -157,7 +157,7 @@ template <class S> static __device__ void round_item(const moe4_layer_run &run, 
         return;
     }
     if (threadIdx.x == 0)
-        while (load_acquire(run.done + index) < items_of<S>(run.w.gate_up_tiles)) __nanosleep(32);
+        while (load_acquire(run.done + index) < FINISH_WARPS * items_of<S>(run.w.gate_up_tiles)) __nanosleep(32);
     consumer_sync();
     round_h_rows(run, tile, (int)threadIdx.x, CONSUMER_WARPS * 32, NULL);
 }
@@ -169,8 +169,7 @@ template <int NT> static __device__ void consume(const moe4_layer_run &run, bloc
     consumer self = make_consumer<S>(stages);
     ring stage = {0, 0};
     item_ring at = {0};
-    uint32_t parity = 0;
-    int finisher = FINISH_WARPS - 1; /* the warp whose turn it is */
+    round_ring round = {0};
     for (;;) {
         mbarrier_wait(bar.item_full(at.i()), at.parity());
         int phase = s->item[at.i()].phase, n = s->item[at.i()].tile.n;
@@ -185,53 +184,72 @@ template <int NT> static __device__ void consume(const moe4_layer_run &run, bloc
         at.n++;
         if (!phase) return;
         if (phase == PHASE_ROUND) continue;
-        finisher = (finisher + 1) % FINISH_WARPS;
         int units = phase == MOE4_PHASE_DOWN ? run.w.intermediate_units : run.w.hidden_units;
         if (NT == 1 || n <= 8)
-            consume_item<1, S>(units, self, bar, partials, &stage, &parity, finisher);
+            consume_item<1, S>(units, self, bar, partials, &stage, &round);
         else if (NT == 2 || n <= 16)
-            consume_item<(NT < 2 ? NT : 2), S>(units, self, bar, partials, &stage, &parity, finisher);
+            consume_item<(NT < 2 ? NT : 2), S>(units, self, bar, partials, &stage, &round);
         else
-            consume_item<NT, S>(units, self, bar, partials, &stage, &parity, finisher);
+            consume_item<NT, S>(units, self, bar, partials, &stage, &round);
     }
 }
 
-/* ---- the warps that finish: they take items in turn ---- */
+/* ---- the warps that finish: each has its share of the rows ---- */
 
-/* The columns of a round. */
-template <int NT, class S>
-static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, const work_item &item, const float *partials, int j0,
-                                                    int my_slot, float my_factor, float alpha, float up_alpha) {
-    using P = partial_shape<NT>;
-    constexpr int row_groups = S::item_tiles * MOE4_UNIT_ROWS / MOE4_GROUP_ROWS, second = row_groups < GROUPS ? row_groups * P::floats : 0;
-    int lane = threadIdx.x & 31, pair = lane % MOE4_PAIRS, half = lane / MOE4_PAIRS, n = min(8 * P::tiles, item.tile.n - 8 * j0);
-    for (int c0 = 0; c0 < n; c0 += 2) {
-        int column = c0 + half;
-        float factor = __shfl_sync(0xFFFFFFFFu, my_factor, 8 * j0 + column & 31);
-        int slot = __shfl_sync(0xFFFFFFFFu, my_slot, 8 * j0 + column & 31);
-        bool here = column < n;
-        uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
+/* What the end of an item needs of its columns; lane i has that of columns i and i + 32. */
+template <int NT> struct column_values {
+    static constexpr int n = (8 * NT + 31) / 32;
+    int slot[n];
+    float factor[n]; /* of its row of x or h */
+};
+
+/* Eight columns from 8j on; a lane has two of them. */
+template <int NT>
+static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, const work_item &item, const float *partials, int j, int me,
+                                                    const column_values<NT> &columns, float alpha, float up_alpha) {
+    using S = shape<NT>;
+    constexpr int second = S::row_groups < GROUPS ? S::row_groups * MOE4_GROUP_FLOATS : 0;
+    int lane = threadIdx.x & 31, slot[2];
+    float factor[2];
+    bool here[2];
 #pragma unroll
-        for (int q = 0; q < row_groups; q++) {
-            if (!here) break;
-            int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS;
-            float2 sum = sum_partials<NT>(partials + q * P::floats, column, pair, second);
-            if (item.phase == MOE4_PHASE_DOWN)
-                store_o(run, slot, pair_row(row0, pair), sum, alpha * factor);
-            else
-                store_h(run, mask, item.tile.first + 8 * j0 + column, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
+    for (int i = 0; i < 2; i++) {
+        int column = 8 * j + 2 * (lane & 3) + i;
+        here[i] = column < item.tile.n;
+        slot[i] = __shfl_sync(0xFFFFFFFFu, columns.slot[NT > 4 ? j / 4 : 0], column & 31);
+        factor[i] = __shfl_sync(0xFFFFFFFFu, columns.factor[NT > 4 ? j / 4 : 0], column & 31);
+    }
+#pragma unroll
+    for (int q = me; q < S::row_groups; q += FINISH_WARPS) {
+        float4 sum[MOE4_ROW_TILES];
+#pragma unroll
+        for (int m = 0; m < MOE4_ROW_TILES; m++) sum[m] = sum_partials(partials + q * MOE4_GROUP_FLOATS, lane, m, second);
+        int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS + (lane >> 2);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t amax = 0;
+#pragma unroll
+            for (int m = 0; m < MOE4_ROW_TILES; m++) {
+                float x = i ? sum[m].y : sum[m].x, y = i ? sum[m].w : sum[m].z;
+                if (!here[i]) continue;
+                if (item.phase == MOE4_PHASE_DOWN)
+                    store_o(run, slot[i], row0 + 16 * m, x, y, alpha * factor[i]);
+                else
+                    amax = max(amax, store_h(run, item.tile.first + 8 * j + 2 * (lane & 3) + i, (row0 - (lane >> 2)) / 2 + 8 * m + (lane >> 2),
+                                             x * (alpha * factor[i]), y * (up_alpha * factor[i])));
+            }
+            if (item.phase == MOE4_PHASE_GATE_UP && run.h_amax)
+                add_h_amax(run, item.tile.first + 8 * j + 2 * (lane & 3) + i, amax, here[i]);
         }
-        __syncwarp();
     }
 }
 
 template <int NT> static __device__ void finish(const moe4_layer_run &run, const block_shared *s, const float *partials) {
     using S = shape<NT>;
-    using P = partial_shape<NT>;
     barriers bar(s);
-    int lane = threadIdx.x & 31, me = (int)(threadIdx.x >> 5) - CONSUMER_WARPS, finisher = FINISH_WARPS - 1;
+    int lane = threadIdx.x & 31, me = (int)(threadIdx.x >> 5) - CONSUMER_WARPS;
     item_ring at = {0};
-    uint32_t parity = 0;
+    round_ring round = {0};
     dependency_wait();
     for (;;) {
         mbarrier_wait(bar.item_full(at.i()), at.parity());
@@ -241,20 +259,26 @@ template <int NT> static __device__ void finish(const moe4_layer_run &run, const
         at.n++;
         if (!item.phase) return;
         if (item.phase == PHASE_ROUND) continue;
-        finisher = (finisher + 1) % FINISH_WARPS;
-        if (finisher != me) continue;
 
-        /* What the end needs is asked for now; lane i has that of column i. */
-        bool down = item.phase == MOE4_PHASE_DOWN, mine = lane < item.tile.n, wide = (down ? run.h_factor : run.x_factor) != NULL;
-        int e = item.tile.expert, my_slot = mine ? run.slots[item.tile.first + lane] : 0;
-        float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e], my_factor = 1.f;
-        if (mine && wide && !down) my_factor = run.x_factor[x_row(run, my_slot)];
-        for (int j0 = 0; 8 * j0 < item.tile.n; j0 += P::tiles) {
-            mbarrier_wait(bar.partial_full(me), parity);
-            parity ^= 1;
-            if (mine && wide && down && !j0) my_factor = __ldcg(run.h_factor + item.tile.first + lane); /* it came with the rows */
-            finish_round<NT, S>(run, item, partials, j0, my_slot, my_factor, alpha, up_alpha);
-            mbarrier_arrive(bar.partial_empty());
+        /* What the end needs is asked for now. */
+        bool down = item.phase == MOE4_PHASE_DOWN, wide = (down ? run.h_factor : run.x_factor) != NULL;
+        int e = item.tile.expert;
+        float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e];
+        column_values<NT> columns;
+#pragma unroll
+        for (int i = 0; i < columns.n; i++) {
+            int c = lane + 32 * i;
+            columns.slot[i] = c < item.tile.n ? run.slots[item.tile.first + c] : 0;
+            columns.factor[i] = c < item.tile.n && wide && !down ? run.x_factor[x_row(run, columns.slot[i])] : 1.f;
+        }
+        for (int j = 0; 8 * j < item.tile.n; j++) {
+            mbarrier_wait(bar.partial_full(round.i()), round.parity());
+#pragma unroll
+            for (int i = 0; i < columns.n; i++) /* they came with the rows */
+                if (!j && wide && down && lane + 32 * i < item.tile.n) columns.factor[i] = __ldcg(run.h_factor + item.tile.first + lane + 32 * i);
+            finish_round<NT>(run, item, partials + round.i() * ROUND_FLOATS, j, me, columns, alpha, up_alpha);
+            mbarrier_arrive(bar.partial_empty(round.i()));
+            round.n++;
         }
         if (down || h_is_marked<S>(run)) continue;
         __syncwarp();
@@ -272,7 +296,7 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
     using S = shape<NT>;
     float *partials = (float *)memory;
     int *counts = (int *)memory; /* until the first item ends */
-    uint32_t stages = smem_address(memory) + S::partial_bytes;
+    uint32_t stages = smem_address(memory) + PARTIAL_BYTES;
     int warp = threadIdx.x >> 5;
     dependency_launch();
     if (threadIdx.x == 0) {
@@ -284,8 +308,10 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
             mbarrier_init(smem_address(&s.item_full[i]), 1);
             mbarrier_init(smem_address(&s.item_empty[i]), CONSUMER_WARPS + FINISH_WARPS + 1);
         }
-        for (int i = 0; i < FINISH_WARPS; i++) mbarrier_init(smem_address(&s.partial_full[i]), CONSUMER_WARPS * 32);
-        mbarrier_init(smem_address(&s.partial_empty), 32); /* the warp that looked at the counts, then whoever finished */
+        for (int i = 0; i < N_ROUNDS; i++) {
+            mbarrier_init(smem_address(&s.partial_full[i]), CONSUMER_WARPS * 32);
+            mbarrier_init(smem_address(&s.partial_empty[i]), FINISH_WARPS * 32); /* at first the warp that looked at the counts */
+        }
         mbarrier_init_fence();
     }
     if (early)
@@ -312,7 +338,7 @@ typedef void (*decode_fn)(moe4_layer_run, int, bool);
 template <int NT> static cudaError_t launch(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
     using S = shape<NT>;
     decode_fn kernel = decode_kernel<NT>;
-    bool early = run->slots_are == MOE4_SLOTS_BY_ID && !run->prefill_from && run->w.n * (int)sizeof(int) <= S::partial_bytes &&
+    bool early = run->slots_are == MOE4_SLOTS_BY_ID && !run->prefill_from && run->w.n * (int)sizeof(int) <= PARTIAL_BYTES &&
                  (long long)run->n_tokens * run->top_k <= 4 * THREADS;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
     if (error != cudaSuccess) return error;

@@ -19,6 +19,9 @@
 #define WEIGHT_BYTES (STAGE_UNITS * MOE4_UNIT_BYTES)
 #define N_ITEMS 4
 #define MAX_STAGES 8
+#define ROUND_FLOATS (CONSUMER_WARPS * MOE4_WARP_FLOATS) /* partial sums of eight columns of an item */
+#define N_ROUNDS 2                                       /* that may wait to be finished */
+#define PARTIAL_BYTES (N_ROUNDS * ROUND_FLOATS * 4)
 #define SHARED_BYTES (227 * 1024 - 512) /* for partial sums and stages, beside block_shared */
 
 #define PHASE_ROUND 4 /* beside MOE4_PHASE_… */
@@ -38,9 +41,9 @@ template <int NT> struct shape {
     static constexpr int units = STAGE_UNITS / item_tiles;           /* of k in a stage */
     static constexpr int x_row_bytes = units * MOE4_UNIT_K * 2 + 16; /* 16 more against bank conflicts */
     static constexpr int stage_bytes = WEIGHT_BYTES + 8 * NT * x_row_bytes;
-    static constexpr int warp_floats = partial_shape<NT>::warp_floats, partial_bytes = CONSUMER_WARPS * warp_floats * 4;
-    static constexpr int n_fit = (SHARED_BYTES - partial_bytes) / stage_bytes, n_stages = n_fit < MAX_STAGES ? n_fit : MAX_STAGES;
-    static constexpr int shared_bytes = partial_bytes + n_stages * stage_bytes;
+    static constexpr int row_groups = item_tiles * MOE4_UNIT_ROWS / MOE4_GROUP_ROWS; /* of an item */
+    static constexpr int n_fit = (SHARED_BYTES - PARTIAL_BYTES) / stage_bytes, n_stages = n_fit < MAX_STAGES ? n_fit : MAX_STAGES;
+    static constexpr int shared_bytes = PARTIAL_BYTES + n_stages * stage_bytes;
 };
 
 /* Items that the rows of a column tile are divided into. */
@@ -54,7 +57,7 @@ template <class S> static __device__ bool h_is_marked(const moe4_layer_run &run)
 
 struct block_shared {
     uint64_t full[MAX_STAGES], empty[MAX_STAGES], item_full[N_ITEMS], item_empty[N_ITEMS];
-    uint64_t partial_full[FINISH_WARPS], partial_empty;
+    uint64_t partial_full[N_ROUNDS], partial_empty[N_ROUNDS];
     work_item item[N_ITEMS];
     uint32_t amax[CONSUMER_WARPS]; /* of a round item's row */
 };
@@ -71,7 +74,7 @@ struct barriers {
     __device__ uint32_t item_full(int i) const { return block + (uint32_t)(offsetof(block_shared, item_full) + 8 * i); }
     __device__ uint32_t item_empty(int i) const { return block + (uint32_t)(offsetof(block_shared, item_empty) + 8 * i); }
     __device__ uint32_t partial_full(int i) const { return block + (uint32_t)(offsetof(block_shared, partial_full) + 8 * i); }
-    __device__ uint32_t partial_empty() const { return block + (uint32_t)offsetof(block_shared, partial_empty); }
+    __device__ uint32_t partial_empty(int i) const { return block + (uint32_t)(offsetof(block_shared, partial_empty) + 8 * i); }
 };
 
 /* Position in a ring: index and phase parity. */
@@ -86,12 +89,14 @@ struct ring {
     }
 };
 
-/* The same in the ring of items, whose length is a power of two. */
-struct item_ring {
+/* The same for a length that is a power of two. */
+template <int N> struct counted_ring {
     uint32_t n;
-    __device__ int i() const { return (int)(n % N_ITEMS); }
-    __device__ uint32_t parity() const { return n / N_ITEMS & 1; }
+    __device__ int i() const { return (int)(n % N); }
+    __device__ uint32_t parity() const { return n / N & 1; }
 };
+typedef counted_ring<N_ITEMS> item_ring;
+typedef counted_ring<N_ROUNDS> round_ring;
 
 struct operands {
     const uint8_t *weights; /* of the item's first row tile */
@@ -237,7 +242,8 @@ static __device__ void load_weights(const moe4_layer_run &run, int phases, block
     drawn next;
     if (lane == 0) ticket = atomicAdd(&run.state->ticket, 1);
     if (counts) loaded = load_early<NT>(&next, run, phases, bar, stages, counts, __shfl_sync(0xFFFFFFFFu, ticket, 0), policy);
-    mbarrier_arrive(bar.partial_empty()); /* the counts have been read: partial sums may take their place */
+    for (int i = 0; i < N_ROUNDS * FINISH_WARPS; i++) /* the counts have been read: partial sums may take their place */
+        mbarrier_arrive(bar.partial_empty(i / FINISH_WARPS));
     if (lane) return;
     ticket_plan<S> plan = {-1, -1, -1};
     if (!loaded || next.head.n_tiles > 1) {
@@ -286,7 +292,7 @@ struct known_tiles {
 
 static __device__ void wait_for_h(const moe4_layer_run &run, known_tiles *known, int n_tiles, int index, int items) {
     const int *flags = run.act == MOE4_ACT_W4A16 ? run.done : run.ready;
-    int wanted = run.act == MOE4_ACT_W4A16 ? items : 1;
+    int wanted = run.act == MOE4_ACT_W4A16 ? items * FINISH_WARPS : 1;
     if (known->base == (index & ~31) && known->ready >> (index & 31) & 1) return;
     known->base = index & ~31;
     do {

@@ -42,32 +42,21 @@ static __device__ __forceinline__ void warp_product(float acc[2][MOE4_ROW_TILES]
     add_slices<NT>(acc[0], acc[1]);
 }
 
-/* h from a pair's sums: gate and up of one feature, or two features eight apart where there is no gate. */
-static __device__ __forceinline__ void store_features(const moe4_layer_run &run, uint32_t mask, int expert, int slot, int row, int row0,
-                                                      int pair, float2 sum, float gate_alpha, float up_alpha) {
-    float factor = run.x_factor ? run.x_factor[x_row(run, slot)] : 1.f;
-    gate_alpha *= factor;
-    up_alpha *= factor;
-    uint32_t amax;
+/* h from two sums: gate and up of one feature, or two features eight apart where there is no gate. The largest |h|. */
+static __device__ __forceinline__ uint32_t store_features(const moe4_layer_run &run, int expert, int slot, int row, int n, float x, float y,
+                                                          float gate_alpha, float up_alpha) {
     if (run.activation == MOE4_RELU2) {
-        int n = pair_row(row0, pair);
-        amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, 0.f, sum.x * up_alpha));
-        amax = max(amax, store_any_h(run, row, n + 8, any_unit(run, expert, slot, n + 8, 0.f, sum.y * up_alpha)));
-    } else {
-        int n = row0 / 2 + pair;
-        amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, sum.x * gate_alpha, sum.y * up_alpha));
+        uint32_t amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, 0.f, x * up_alpha));
+        return max(amax, store_any_h(run, row, n + 8, any_unit(run, expert, slot, n + 8, 0.f, y * up_alpha)));
     }
-    if (!run.h_amax) return;
-#pragma unroll
-    for (int d = MOE4_PAIRS / 2; d; d /= 2) amax = max(amax, __shfl_xor_sync(mask, amax, d));
-    if (pair == 0) atomicMax(run.h_amax + row, amax);
+    int feature = n / 16 * 8 + n % 8;
+    return store_any_h(run, row, feature, any_unit(run, expert, slot, feature, x * gate_alpha, y * up_alpha));
 }
 
 /* Either product of an item: h from x, or o from h. ANY: with every option of h; the common case needs fewer registers. */
 template <int NT, bool ANY>
 static __device__ __forceinline__ void product_item(const moe4_layer_run &run, bool down, const moe4_tile &tile, int row_tile,
                                                     float *partials) {
-    using P = partial_shape<NT>;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp / MOE4_GROUP_WARPS, slice = warp % MOE4_GROUP_WARPS, e = tile.expert;
     int units = down ? run.w.intermediate_units : run.w.hidden_units;
     const __nv_bfloat16 *b_row[NT], *rows = down ? run.h : run.x;
@@ -82,37 +71,40 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
     warp_product<NT>(acc, weights + (size_t)row_tile * (size_t)units * MOE4_UNIT_BYTES, units, b_row);
 
     float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e];
-    int pair = lane % MOE4_PAIRS, row0 = row_tile * MOE4_UNIT_ROWS + half * MOE4_GROUP_ROWS;
-    partials += half * P::floats;
+    partials += half * 2 * MOE4_GROUP_FLOATS;
 #pragma unroll
-    for (int j0 = 0; j0 < NT; j0 += P::tiles) {
-        __syncthreads();
-        store_partials<NT>(partials + slice * P::warp_floats, lane, acc[0], j0);
+    for (int j0 = 0; j0 < NT; j0 += 2) { /* sixteen columns at a time: a warp adds up one of two fragments of eight of them */
+        int m = slice & 1, j = j0 + (slice >> 1), n = row_tile * MOE4_UNIT_ROWS + half * MOE4_GROUP_ROWS + 16 * m + (lane >> 2);
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < P::tiles; i++) { /* 8 * tiles columns for the half warps of four warps */
-            int column = 8 * i + 2 * slice + lane / MOE4_PAIRS, c = 8 * j0 + column, row = tile.first + c;
-            bool here = c < tile.n;
-            uint32_t mask = __ballot_sync(0xFFFFFFFFu, here);
+        for (int i = 0; i < 2 && j0 + i < NT; i++)
+            store_partials<NT>(partials + i * MOE4_GROUP_FLOATS + slice * MOE4_WARP_FLOATS, lane, acc[0], j0 + i);
+        __syncthreads();
+        if (j >= NT) continue;
+        float4 sum = sum_partials(partials + (j - j0) * MOE4_GROUP_FLOATS, lane, m, 0);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int column = 8 * j + 2 * (lane & 3) + i, row = tile.first + column;
+            bool here = column < tile.n;
+            uint32_t amax = 0;
             if (here) {
-                float2 sum = sum_partials<NT>(partials, column, pair, 0);
                 int slot = run.slots[row];
+                float x = i ? sum.y : sum.x, y = i ? sum.w : sum.z, factor = 1.f;
+                if (down ? run.h_factor : run.x_factor) factor = down ? run.h_factor[row] : run.x_factor[x_row(run, slot)];
                 if (down)
-                    store_o(run, slot, pair_row(row0, pair), sum, alpha * (run.h_factor ? run.h_factor[row] : 1.f));
+                    store_o(run, slot, n, x, y, alpha * factor);
                 else if (ANY)
-                    store_features(run, mask, e, slot, row, row0, pair, sum, alpha, up_alpha);
-                else {
-                    float factor = run.x_factor ? run.x_factor[x_row(run, slot)] : 1.f;
-                    store_h(run, mask, row, row0 / 2 + pair, sum, alpha * factor, up_alpha * factor);
-                }
+                    amax = store_features(run, e, slot, row, n, x, y, alpha * factor, up_alpha * factor);
+                else
+                    amax = store_h(run, row, n / 16 * 8 + n % 8, x * (alpha * factor), y * (up_alpha * factor));
             }
-            __syncwarp();
+            if (!down && run.h_amax) add_h_amax(run, row, amax, here);
         }
     }
 }
 
 template <bool ANY> static __device__ __forceinline__ void run_items(const moe4_layer_run &run, bool down) {
-    __shared__ float partials[2 * partial_shape<4>::floats];
+    __shared__ __align__(16) float partials[2 * 2 * MOE4_GROUP_FLOATS];
     int row_tiles = down ? run.w.down_tiles : run.w.gate_up_tiles, n_items = run.state->n_tiles * row_tiles;
     for (int i = blockIdx.x; i < n_items; i += gridDim.x) {
         moe4_tile tile;
