@@ -203,44 +203,34 @@ template <int NT> struct column_values {
     float factor[n]; /* of its row of x or h */
 };
 
-/* Eight columns from 8j on; a lane has two of them. */
+/* Eight columns from 8j on: a lane has two of them, and of its half of the item's rows those that its fragments have. */
 template <int NT>
 static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, const work_item &item, const float *partials, int j, int me,
                                                     const column_values<NT> &columns, float alpha, float up_alpha) {
     using S = shape<NT>;
     constexpr int second = S::row_groups < GROUPS ? S::row_groups * MOE4_GROUP_FLOATS : 0;
-    int lane = threadIdx.x & 31, slot[2];
-    float factor[2];
-    bool here[2];
-#pragma unroll
+    int lane = threadIdx.x & 31, g = lane >> 2;
+#pragma unroll 1
     for (int i = 0; i < 2; i++) {
-        int column = 8 * j + 2 * (lane & 3) + i;
-        here[i] = column < item.tile.n;
-        slot[i] = __shfl_sync(0xFFFFFFFFu, columns.slot[NT > 4 ? j / 4 : 0], column & 31);
-        factor[i] = __shfl_sync(0xFFFFFFFFu, columns.factor[NT > 4 ? j / 4 : 0], column & 31);
-    }
-#pragma unroll
-    for (int q = me; q < S::row_groups; q += FINISH_WARPS) {
-        float4 sum[MOE4_ROW_TILES];
-#pragma unroll
-        for (int m = 0; m < MOE4_ROW_TILES; m++) sum[m] = sum_partials(partials + q * MOE4_GROUP_FLOATS, lane, m, second);
-        int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS + (lane >> 2);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t amax = 0;
+        int column = 8 * j + 2 * (lane & 3) + i, from = column & 31, row = item.tile.first + column;
+        int slot = __shfl_sync(0xFFFFFFFFu, columns.slot[NT > 4 ? j / 4 : 0], from);
+        float factor = __shfl_sync(0xFFFFFFFFu, columns.factor[NT > 4 ? j / 4 : 0], from);
+        bool here = column < item.tile.n;
+        uint32_t amax = 0;
+#pragma unroll 1
+        for (int q = me; q < S::row_groups; q += FINISH_WARPS) {
+            int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS;
 #pragma unroll
             for (int m = 0; m < MOE4_ROW_TILES; m++) {
-                float x = i ? sum[m].y : sum[m].x, y = i ? sum[m].w : sum[m].z;
-                if (!here[i]) continue;
+                if (!here) continue;
+                float2 sum = sum_partials(partials + q * MOE4_GROUP_FLOATS, lane, m, i, second);
                 if (item.phase == MOE4_PHASE_DOWN)
-                    store_o(run, slot[i], row0 + 16 * m, x, y, alpha * factor[i]);
+                    store_o(run, slot, row0 + 16 * m + g, sum, alpha * factor);
                 else
-                    amax = max(amax, store_h(run, item.tile.first + 8 * j + 2 * (lane & 3) + i, (row0 - (lane >> 2)) / 2 + 8 * m + (lane >> 2),
-                                             x * (alpha * factor[i]), y * (up_alpha * factor[i])));
+                    amax = max(amax, store_h(run, row, row0 / 2 + 8 * m + g, sum.x * (alpha * factor), sum.y * (up_alpha * factor)));
             }
-            if (item.phase == MOE4_PHASE_GATE_UP && run.h_amax)
-                add_h_amax(run, item.tile.first + 8 * j + 2 * (lane & 3) + i, amax, here[i]);
         }
+        if (item.phase == MOE4_PHASE_GATE_UP && run.h_amax) add_h_amax(run, row, amax, here);
     }
 }
 

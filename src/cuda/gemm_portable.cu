@@ -43,14 +43,14 @@ static __device__ __forceinline__ void warp_product(float acc[2][MOE4_ROW_TILES]
 }
 
 /* h from two sums: gate and up of one feature, or two features eight apart where there is no gate. The largest |h|. */
-static __device__ __forceinline__ uint32_t store_features(const moe4_layer_run &run, int expert, int slot, int row, int n, float x, float y,
+static __device__ __forceinline__ uint32_t store_features(const moe4_layer_run &run, int expert, int slot, int row, int n, float2 sum,
                                                           float gate_alpha, float up_alpha) {
     if (run.activation == MOE4_RELU2) {
-        uint32_t amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, 0.f, x * up_alpha));
-        return max(amax, store_any_h(run, row, n + 8, any_unit(run, expert, slot, n + 8, 0.f, y * up_alpha)));
+        uint32_t amax = store_any_h(run, row, n, any_unit(run, expert, slot, n, 0.f, sum.x * up_alpha));
+        return max(amax, store_any_h(run, row, n + 8, any_unit(run, expert, slot, n + 8, 0.f, sum.y * up_alpha)));
     }
     int feature = n / 16 * 8 + n % 8;
-    return store_any_h(run, row, feature, any_unit(run, expert, slot, feature, x * gate_alpha, y * up_alpha));
+    return store_any_h(run, row, feature, any_unit(run, expert, slot, feature, sum.x * gate_alpha, sum.y * up_alpha));
 }
 
 /* Either product of an item: h from x, or o from h. ANY: with every option of h; the common case needs fewer registers. */
@@ -81,7 +81,6 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
             store_partials<NT>(partials + i * MOE4_GROUP_FLOATS + slice * MOE4_WARP_FLOATS, lane, acc[0], j0 + i);
         __syncthreads();
         if (j >= NT) continue;
-        float4 sum = sum_partials(partials + (j - j0) * MOE4_GROUP_FLOATS, lane, m, 0);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int column = 8 * j + 2 * (lane & 3) + i, row = tile.first + column;
@@ -89,14 +88,15 @@ static __device__ __forceinline__ void product_item(const moe4_layer_run &run, b
             uint32_t amax = 0;
             if (here) {
                 int slot = run.slots[row];
-                float x = i ? sum.y : sum.x, y = i ? sum.w : sum.z, factor = 1.f;
+                float2 sum = sum_partials(partials + (j - j0) * MOE4_GROUP_FLOATS, lane, m, i, 0);
+                float factor = 1.f;
                 if (down ? run.h_factor : run.x_factor) factor = down ? run.h_factor[row] : run.x_factor[x_row(run, slot)];
                 if (down)
-                    store_o(run, slot, n, x, y, alpha * factor);
+                    store_o(run, slot, n, sum, alpha * factor);
                 else if (ANY)
-                    amax = store_features(run, e, slot, row, n, x, y, alpha * factor, up_alpha * factor);
+                    amax = store_features(run, e, slot, row, n, sum, alpha * factor, up_alpha * factor);
                 else
-                    amax = store_h(run, row, n / 16 * 8 + n % 8, x * (alpha * factor), y * (up_alpha * factor));
+                    amax = store_h(run, row, n / 16 * 8 + n % 8, sum.x * (alpha * factor), sum.y * (up_alpha * factor));
             }
             if (!down && run.h_amax) add_h_amax(run, row, amax, here);
         }

@@ -49,27 +49,27 @@ static __device__ __forceinline__ void add_slices(float acc[MOE4_ROW_TILES][NT][
             for (int i = 0; i < 4; i++) acc[m][j][i] += other[m][j][i];
 }
 
-/* A warp's sums of column tile j, into its place. */
+/* A warp's sums of column tile j, into its place: a fragment's two columns one after the other. */
 template <int NT>
 static __device__ __forceinline__ void store_partials(float *partials, int lane, const float acc[MOE4_ROW_TILES][NT][4], int j) {
 #pragma unroll
     for (int m = 0; m < MOE4_ROW_TILES; m++)
-        ((float4 *)partials)[32 * m + lane] = make_float4(acc[m][j][0], acc[m][j][1], acc[m][j][2], acc[m][j][3]);
+        ((float4 *)partials)[32 * m + lane] = make_float4(acc[m][j][0], acc[m][j][2], acc[m][j][1], acc[m][j][3]);
 }
 
-/* A lane's fragment m summed over the four warps of a group, in their order. `second`, where it is not 0: how far on the warps with
- * slices 4 .. 7 stand. The first two of the result are row g's, the others row g+8's. */
-static __device__ __forceinline__ float4 sum_partials(const float *partials, int lane, int m, int second) {
-    float4 sum;
+/* Rows g and g+8 of column 2c + i of a lane's fragment m, summed over the four warps of a group, in their order. `second`, where it is not
+ * 0: how far on the warps with slices 4 .. 7 stand. */
+static __device__ __forceinline__ float2 sum_partials(const float *partials, int lane, int m, int i, int second) {
+    float2 sum;
 #pragma unroll
     for (int w = 0; w < MOE4_GROUP_WARPS; w++) {
-        const float *at = partials + w * MOE4_WARP_FLOATS + 4 * (32 * m + lane);
-        float4 v = *(const float4 *)at;
+        const float *at = partials + w * MOE4_WARP_FLOATS + 4 * (32 * m + lane) + 2 * i;
+        float2 v = *(const float2 *)at;
         if (second) {
-            float4 other = *(const float4 *)(at + second);
-            v = make_float4(v.x + other.x, v.y + other.y, v.z + other.z, v.w + other.w);
+            float2 other = *(const float2 *)(at + second);
+            v = make_float2(v.x + other.x, v.y + other.y);
         }
-        sum = w ? make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w) : v;
+        sum = w ? make_float2(sum.x + v.x, sum.y + v.y) : v;
     }
     return sum;
 }
@@ -95,10 +95,10 @@ static __device__ __forceinline__ void add_h_amax(const moe4_layer_run &run, int
 }
 
 /* Two values of o for a slot, eight rows apart. */
-static __device__ __forceinline__ void store_o(const moe4_layer_run &run, int slot, int n, float x, float y, float alpha) {
+static __device__ __forceinline__ void store_o(const moe4_layer_run &run, int slot, int n, float2 sum, float alpha) {
     float *o = run.o + (size_t)slot * (size_t)run.w.hidden;
-    if (n < run.w.hidden) o[n] = x * alpha;
-    if (n + 8 < run.w.hidden) o[n + 8] = y * alpha;
+    if (n < run.w.hidden) o[n] = sum.x * alpha;
+    if (n + 8 < run.w.hidden) o[n + 8] = sum.y * alpha;
 }
 
 /* An item of a phase -> its tile and row tile: an expert's items go row tile by row tile, so that its column tiles meet in L2. `t` is tile
