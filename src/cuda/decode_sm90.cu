@@ -220,14 +220,16 @@ static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, c
 #pragma unroll 1
         for (int q = me; q < S::row_groups; q += FINISH_WARPS) {
             int row0 = item.row_tile * MOE4_UNIT_ROWS + q * MOE4_GROUP_ROWS;
+            float2 sum[MOE4_ROW_TILES]; /* both before the first is used: loads take long while others work in shared memory */
+#pragma unroll
+            for (int m = 0; m < MOE4_ROW_TILES; m++) sum[m] = sum_partials(partials + q * MOE4_GROUP_FLOATS, lane, m, i, second);
 #pragma unroll
             for (int m = 0; m < MOE4_ROW_TILES; m++) {
                 if (!here) continue;
-                float2 sum = sum_partials(partials + q * MOE4_GROUP_FLOATS, lane, m, i, second);
                 if (item.phase == MOE4_PHASE_DOWN)
-                    store_o(run, slot, row0 + 16 * m + g, sum, alpha * factor);
+                    store_o(run, slot, row0 + 16 * m + g, sum[m], alpha * factor);
                 else
-                    amax = max(amax, store_h(run, row, row0 / 2 + 8 * m + g, sum.x * (alpha * factor), sum.y * (up_alpha * factor)));
+                    amax = max(amax, store_h(run, row, row0 / 2 + 8 * m + g, sum[m].x * (alpha * factor), sum[m].y * (up_alpha * factor)));
             }
         }
         if (item.phase == MOE4_PHASE_GATE_UP && run.h_amax) add_h_amax(run, row, amax, here);
@@ -265,7 +267,8 @@ template <int NT> static __device__ void finish(const moe4_layer_run &run, const
             mbarrier_wait(bar.partial_full(round.i()), round.parity());
 #pragma unroll
             for (int i = 0; i < columns.n; i++) /* they came with the rows */
-                if (!j && wide && down && lane + 32 * i < item.tile.n) columns.factor[i] = __ldcg(run.h_factor + item.tile.first + lane + 32 * i);
+                if (!j && wide && down && lane + 32 * i < item.tile.n)
+                    columns.factor[i] = __ldcg(run.h_factor + item.tile.first + lane + 32 * i);
             finish_round<NT>(run, item, partials + round.i() * ROUND_FLOATS, j, me, columns, alpha, up_alpha);
             mbarrier_arrive(bar.partial_empty(round.i()));
             round.n++;
@@ -291,7 +294,7 @@ static __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_
     dependency_launch();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_stages; i++) {
-            mbarrier_init(smem_address(&s.full[i]), 2);
+            mbarrier_init(smem_address(&s.full[i]), 1 + 32); /* the weights' warp, and each lane of the activations' */
             mbarrier_init(smem_address(&s.empty[i]), CONSUMER_WARPS * 32);
         }
         for (int i = 0; i < N_ITEMS; i++) {

@@ -300,7 +300,6 @@ static __device__ void wait_for_h(const moe4_layer_run &run, known_tiles *known,
         known->ready = __ballot_sync(0xFFFFFFFFu, i < n_tiles && load_acquire(flags + i) >= wanted);
     } while (!(known->ready >> (index & 31) & 1));
     __syncwarp();
-    fence_proxy_async(); /* h was written by ordinary stores, and bulk copies will read it */
 }
 
 /* 32 sorted slots from `base` on, one a lane. */
@@ -317,10 +316,27 @@ static __device__ int slot_of_column(const moe4_layer_run &run, known_slots *kno
     return __shfl_sync(0xFFFFFFFFu, known->mine, first - known->base + lane & 31);
 }
 
+/* Four rows at a time, eight lanes a row and 128 bytes of it: a lane's rows of an item. */
+template <int NT> struct lane_rows {
+    const char *at[2 * NT]; /* NULL: no such column */
+
+    /* Lane i's `row` is column i's. */
+    __device__ void set(const __nv_bfloat16 *rows, int row, int units, int n) {
+        int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < 2 * NT; i++) {
+            int column = 4 * i + (lane >> 3), r = __shfl_sync(0xFFFFFFFFu, row, column);
+            at[i] = column < n ? (const char *)(rows + (size_t)r * (size_t)(units * MOE4_UNIT_K)) + 16 * (lane & 7) : NULL;
+        }
+    }
+};
+
 template <int NT> static __device__ void load_activations(const moe4_layer_run &run, int phases, block_shared *s, uint32_t stages) {
     using S = shape<NT>;
+    constexpr int unit_bytes = MOE4_UNIT_K * 2;
     barriers bar(s);
     int lane = threadIdx.x & 31;
+    uint32_t first = stages + (uint32_t)(WEIGHT_BYTES + (lane >> 3) * S::x_row_bytes + 16 * (lane & 7));
     ring stage = {0, 0};
     item_ring at = {0};
     known_tiles tiles = {-1, 0};
@@ -341,16 +357,24 @@ template <int NT> static __device__ void load_activations(const moe4_layer_run &
             r = x_row(run, slot_of_column(run, &slots, n_slots, item.tile.first, item.tile.n));
         else if (phases & MOE4_PHASE_GATE_UP)
             wait_for_h(run, &tiles, n_tiles, item.index, items_of<S>(run.w.gate_up_tiles));
-        const __nv_bfloat16 *row = o.rows + (size_t)r * (size_t)(o.units * MOE4_UNIT_K);
+        lane_rows<NT> rows;
+        rows.set(o.rows, r, o.units, item.tile.n);
 #pragma unroll 1
         for (int u = 0; u < o.units; u += S::units) {
-            uint32_t bytes = (uint32_t)min(S::units, o.units - u) * MOE4_UNIT_K * 2;
+            uint32_t to = first + (uint32_t)(stage.i * S::stage_bytes);
             mbarrier_wait(bar.empty(stage.i), stage.parity ^ 1);
-            if (lane == 0) mbarrier_arrive_expect(bar.full(stage.i), (uint32_t)item.tile.n * bytes);
-            __syncwarp();
-            if (lane < item.tile.n)
-                bulk_load(stages + (uint32_t)(stage.i * S::stage_bytes + WEIGHT_BYTES + lane * S::x_row_bytes), row + u * MOE4_UNIT_K,
-                          bytes, bar.full(stage.i));
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++, to += 4 * S::x_row_bytes) {
+                if (!rows.at[i]) continue;
+                const char *from = rows.at[i] + u * unit_bytes;
+                if (u + S::units <= o.units) {
+#pragma unroll
+                    for (int k = 0; k < S::units; k++) copy_16(to + k * unit_bytes, from + k * unit_bytes);
+                } else {
+                    for (int k = 0; k < o.units - u; k++) copy_16(to + k * unit_bytes, from + k * unit_bytes);
+                }
+            }
+            mbarrier_arrive_copies(bar.full(stage.i));
             stage.next(S::n_stages);
         }
     }

@@ -121,6 +121,14 @@ static __device__ __forceinline__ uint64_t policy_evict_first(void) {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+/* 16 bytes from global to shared memory for each lane, past L1: they cost the warp an instruction, where a bulk copy goes lane by lane. */
+static __device__ __forceinline__ void copy_16(uint32_t dst, const void *src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+/* The lane arrives at bar when its copies so far are complete. */
+static __device__ __forceinline__ void mbarrier_arrive_copies(uint32_t bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
 /* Orders ordinary accesses before later bulk copies of the same data. */
 static __device__ __forceinline__ void fence_proxy_async(void) {
     asm volatile("fence.proxy.async;" ::: "memory");
