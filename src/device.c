@@ -23,17 +23,30 @@ static int device_index(const char *name) {
     return digits >= 1 && digits <= 4 && !name[5 + digits] ? atoi(name + 5) : -1;
 }
 
+enum { PATH_BYTES = 4096 };
+
+/* "/usr/bin/": where this library or program lies. A program that was found by the shell's PATH does not know it by its own name. */
+static bool own_folder(char folder[static PATH_BYTES]) {
+    Dl_info self;
+    const bool known = dladdr(&host, &self) && self.dli_fname && strchr(self.dli_fname, '/');
+    const ssize_t n = known ? (ssize_t)strlen(self.dli_fname) : readlink("/proc/self/exe", folder, PATH_BYTES - 1);
+    if (n < 0 || n >= PATH_BYTES) return false;
+    if (known) memcpy(folder, self.dli_fname, (size_t)n);
+    folder[n] = '\0';
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[1] = '\0';
+    return slash;
+}
+
 /* First beside this library or program, or in the lib folder beside its own, then where the loader looks. */
 static void *open_library(const char *file, char *why, size_t why_bytes) {
-    static const char *const folders[] = {"", "../lib/"};
-    Dl_info self;
-    char path[4096];
-    const char *open = file, *slash;
-    if (dladdr(&host, &self) && self.dli_fname && (slash = strrchr(self.dli_fname, '/')))
-        for (int i = 0; i < 2 && open == file; i++) {
-            int n = snprintf(path, sizeof path, "%.*s/%s%s", (int)(slash - self.dli_fname), self.dli_fname, folders[i], file);
-            if (n > 0 && (size_t)n < sizeof path && access(path, F_OK) == 0) open = path;
-        }
+    static const char *const places[] = {"", "../lib/"};
+    char folder[PATH_BYTES], path[PATH_BYTES];
+    const char *open = file;
+    for (int i = 0; i < 2 && open == file && own_folder(folder); i++) {
+        int n = snprintf(path, sizeof path, "%s%s%s", folder, places[i], file);
+        if (n > 0 && (size_t)n < sizeof path && access(path, F_OK) == 0) open = path;
+    }
     void *library = dlopen(open, RTLD_NOW | RTLD_LOCAL);
     const char *error = library ? NULL : dlerror();
     snprintf(why, why_bytes, "%s", error ? error : "unknown error");

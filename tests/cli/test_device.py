@@ -1,5 +1,7 @@
 """--device: names that are none, a machine without one, and what eval and generate give on one. The latter need a GPU."""
 import csv
+import os
+import shutil
 import subprocess
 import unittest
 
@@ -37,6 +39,24 @@ class Names(CliCase):
         """No machine has a thousand: the sentence has both numbers, or says what is missing."""
         said = self.error(*COMMANDS["eval"], "--device", "cuda:999", status=BAD_DATA, says="cuda:999")
         self.assertRegex(said, r"shows \d+ devices?|no NVIDIA driver|the plug-in does not open")
+
+
+class PlugIn(CliCase):
+    def test_found_beside_the_program(self):
+        """Beside it or in ../lib, whether it is called by its path or found by PATH. What lies there is no library, and its error names it."""
+        bin, lib = self.folder / "bin", self.folder / "lib"
+        bin.mkdir()
+        lib.mkdir()
+        shutil.copy(PROGRAM, bin / "moe4")
+        arguments = [*map(str, COMMANDS["eval"]), "--device", "cuda"]
+        path = {"PATH": f"{bin}:{os.environ['PATH']}"}
+        for place in (lib, bin):
+            (place / "libmoe4_cuda.so").write_text("no library")
+            for call, env in (([bin / "moe4"], {}), (["moe4"], path), (["bin/moe4"], {})):
+                done = subprocess.run([*call, *arguments], capture_output=True, text=True, cwd=self.folder, env=os.environ | env)
+                self.assertEqual(done.returncode, BAD_DATA)
+                where = "bin/libmoe4_cuda.so" if place == bin else "bin/../lib/libmoe4_cuda.so"
+                self.assertRegex(done.stderr, rf'options.device "cuda": the plug-in does not open: \S*{where}: ')
 
 
 class WithoutDevice(CliCase):
