@@ -1,15 +1,13 @@
 /* Rows of x to what the products read, of every kind: prepare.cu has the one that most calls need. Rows may be multiplied by their slot's
  * weight first, may be NVFP4 already, may belong to a dispatcher's slots, of which only the listed ones are touched, and may
  * stay fp32 for unquantized experts. Where a row has one slot and its expert takes the prefill kernel, it goes straight into that kernel's
- * tiles. A warp has a row where there are many, else a block; nothing waits for other rows. */
-#include "activation.cuh"
-#include "prefill.cuh"
-#include "slots.cuh"
+ * tiles. */
+#include "round_x.cuh"
 
-#define THREADS 256
-#define WARPS (THREADS / 32)
-#define MANY_ROWS 2048 /* from so many on a warp takes a row: G, the threads of a row, is 32 or THREADS */
-#define MOST_BLOCKS 2048
+#define ROW_THREADS 128 /* of a row */
+#define ROWS 2          /* of a block */
+#define THREADS (ROWS * ROW_THREADS)
+#define MOST_BLOCKS 4096
 #define AT_ONCE 4 /* blocks of 16 elements of two bytes whose loads are under way in a thread */
 
 /* A row of x as the products see it, and where it comes from. */
@@ -70,22 +68,22 @@ template <bool WIDE> static __device__ __forceinline__ void widen_block(float v[
 
 /* f(b, v) for this thread's blocks of a row, in all lanes of a warp that has some; zeros past the row's end. The loads of several are under
  * way together. */
-template <int G, bool WIDE, class F> static __device__ __forceinline__ void for_blocks(const moe4_layer_run &run, const source &s, F f) {
+template <bool WIDE, class F> static __device__ __forceinline__ void for_blocks(const moe4_layer_run &run, const source &s, F f) {
     constexpr int n_raw = WIDE ? AT_ONCE / 2 : AT_ONCE;
     const char *x = (const char *)run.x_in + s.first * (WIDE ? 4 : 2);
     int aligned = ((uintptr_t)x & 15) == 0 ? run.w.hidden / 16 : 0, n = run.w.hidden_units * 4;
-    for (int b0 = (int)threadIdx.x % G; (b0 & ~31) < n; b0 += n_raw * G) {
+    for (int b0 = (int)threadIdx.x % ROW_THREADS; (b0 & ~31) < n; b0 += n_raw * ROW_THREADS) {
         raw_block<WIDE> raw[n_raw];
 #pragma unroll
         for (int j = 0; j < n_raw; j++)
-            if (b0 + j * G < aligned) {
-                const uint4 *from = (const uint4 *)(x + (size_t)(b0 + j * G) * (WIDE ? 64 : 32));
+            if (b0 + j * ROW_THREADS < aligned) {
+                const uint4 *from = (const uint4 *)(x + (size_t)(b0 + j * ROW_THREADS) * (WIDE ? 64 : 32));
 #pragma unroll
-                for (int i = 0; i < (WIDE ? 4 : 2); i++) raw[j].word[i] = __ldcg(from + i);
+                for (int i = 0; i < (WIDE ? 4 : 2); i++) raw[j].word[i] = from[i];
             }
 #pragma unroll
         for (int j = 0; j < n_raw; j++) {
-            int b = b0 + j * G;
+            int b = b0 + j * ROW_THREADS;
             float v[16];
             if ((b & ~31) >= n) break;
             if (b < aligned) {
@@ -101,23 +99,10 @@ template <int G, bool WIDE, class F> static __device__ __forceinline__ void for_
     }
 }
 
-/* Over the threads of a row. */
-template <int G, bool MAX> static __device__ uint32_t reduce(uint32_t v) {
-    __shared__ uint32_t by_warp[WARPS];
-    v = MAX ? __reduce_max_sync(0xFFFFFFFFu, v) : __reduce_add_sync(0xFFFFFFFFu, v);
-    if (G == 32) return v;
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) by_warp[threadIdx.x >> 5] = v;
-    __syncthreads();
-    v = by_warp[0];
-    for (int w = 1; w < WARPS; w++) v = MAX ? max(v, by_warp[w]) : v + by_warp[w];
-    return v;
-}
-
-template <int G, bool WIDE> static __device__ uint32_t row_amax(const moe4_layer_run &run, const source &s) {
+template <bool WIDE> static __device__ uint32_t row_amax(const moe4_layer_run &run, const source &s) {
     uint32_t amax = 0;
-    for_blocks<G, WIDE>(run, s, [&](int, const float v[16]) { amax = max(amax, amax_bits_16(v)); });
-    return reduce<G, true>(amax);
+    for_blocks<WIDE>(run, s, [&](int, const float v[16]) { amax = max(amax, amax_bits_16(v)); });
+    return reduce_row<ROW_THREADS, ROWS, true>(amax);
 }
 
 /* Where a rounded row goes. */
@@ -160,42 +145,42 @@ static __device__ void store_block(const moe4_layer_run &run, const target &to, 
     }
 }
 
-template <int G> static __device__ void finish_row(const moe4_layer_run &run, int row, bool bad, int saturated, float factor) {
-    if (threadIdx.x % G) return;
+static __device__ void finish_row(const moe4_layer_run &run, int row, bool bad, int saturated, float factor) {
+    if (threadIdx.x % ROW_THREADS) return;
     run.x_bad[row] = bad;
     run.x_saturated[row] = saturated;
     if (run.x_factor) run.x_factor[row] = factor;
 }
 
 /* A row that is not rounded to NVFP4 is read once: a NaN in it makes its products NaN, and an Inf becomes one. */
-template <int G, bool WIDE> static __device__ void convert_row(const moe4_layer_run &run, const source &s) {
+template <bool WIDE> static __device__ void convert_row(const moe4_layer_run &run, const source &s) {
     target to = find_target(run, s);
     uint32_t amax = 0;
-    for_blocks<G, WIDE>(run, s, [&](int b, float v[16]) {
+    for_blocks<WIDE>(run, s, [&](int b, float v[16]) {
         uint32_t most = amax_bits_16(v);
         if (most >= MOE4_INF_BITS)
             for (int i = 0; i < 16; i++) v[i] = isfinite(v[i]) ? v[i] : __uint_as_float(0x7FFFFFFFu);
         amax = max(amax, most);
         store_block(run, to, b, v);
     });
-    finish_row<G>(run, s.row, reduce<G, true>(amax) >= MOE4_INF_BITS, 0, 1.f);
+    finish_row(run, s.row, reduce_row<ROW_THREADS, ROWS, true>(amax) >= MOE4_INF_BITS, 0, 1.f);
 }
 
-template <int G, bool WIDE> static __device__ void round_row(const moe4_layer_run &run, const source &s) {
-    uint32_t amax = row_amax<G, WIDE>(run, s), saturated = 0;
+template <bool WIDE> static __device__ void round_row(const moe4_layer_run &run, const source &s) {
+    uint32_t amax = row_amax<WIDE>(run, s), saturated = 0;
     float S = 1.f, decode = 1.f;
     bool bad = amax >= MOE4_INF_BITS;
     target to = find_target(run, s);
     if (run.act == MOE4_ACT_TENSOR) amax = run.x_amax[run.slots_are == MOE4_SLOTS_DIAGONAL ? s.expert : 0];
     if (!bad) S = encode_scale(run.act, amax, run.w.scale_x, s.expert, &decode);
-    for_blocks<G, WIDE>(run, s, [&](int b, float v[16]) {
+    for_blocks<WIDE>(run, s, [&](int b, float v[16]) {
         if (bad)
             fill_16(v, __uint_as_float(0x7FFFFFFFu));
         else
             saturated += (uint32_t)round_16(v, S);
         store_block(run, to, b, v);
     });
-    finish_row<G>(run, s.row, bad, (int)reduce<G, false>(saturated), decode);
+    finish_row(run, s.row, bad, (int)reduce_row<ROW_THREADS, ROWS, false>(saturated), decode);
 }
 
 /* ---- rows that are NVFP4 already ---- */
@@ -209,15 +194,15 @@ static __device__ uint8_t given_scale(const moe4_layer_run &run, size_t row, int
     return scales[512 * (row / 128 * n_quads + quad) + row % 32 * 16 + row % 128 / 32 * 4 + in_quad];
 }
 
-template <int G> static __device__ void copy_row(const moe4_layer_run &run, const source &s) {
-    int n_blocks = run.w.hidden / 16, t = (int)threadIdx.x % G;
+static __device__ void copy_row(const moe4_layer_run &run, const source &s) {
+    int n_blocks = run.w.hidden / 16, t = (int)threadIdx.x % ROW_THREADS;
     const uint8_t *codes = run.x_rows.codes + s.given * (size_t)(run.w.hidden / 2);
     float factor = run.x_rows.global[run.x_rows.global_per_row ? s.given : 0] * s.weight;
     uint32_t most = 0;
-    for (int b = t; b < n_blocks; b += G) most = max(most, (uint32_t)given_scale(run, s.given, b));
-    bool bad = reduce<G, true>(most) > 0x7E || !isfinite(factor);
+    for (int b = t; b < n_blocks; b += ROW_THREADS) most = max(most, (uint32_t)given_scale(run, s.given, b));
+    bool bad = reduce_row<ROW_THREADS, ROWS, true>(most) > 0x7E || !isfinite(factor);
     target to = find_target(run, s);
-    for (int b = t; (b & ~31) < run.w.hidden_units * 4; b += G) {
+    for (int b = t; (b & ~31) < run.w.hidden_units * 4; b += ROW_THREADS) {
         float v[16];
         fill_16(v, 0.f);
         if (b < n_blocks && !bad) {
@@ -231,64 +216,56 @@ template <int G> static __device__ void copy_row(const moe4_layer_run &run, cons
         }
         store_block(run, to, b, v);
     }
-    finish_row<G>(run, s.row, bad, 0, bad ? __uint_as_float(0x7FFFFFFFu) : factor);
+    finish_row(run, s.row, bad, 0, bad ? __uint_as_float(0x7FFFFFFFu) : factor);
 }
 
 /* ---- kernels ---- */
 
-/* The rows of a warp or block, in turn. */
-template <int G, class F> static __device__ __forceinline__ void for_rows(const moe4_layer_run &run, F f) {
-    constexpr int at_once = THREADS / G;
-    for (int i = (int)blockIdx.x * at_once + (int)threadIdx.x / G, n = n_sources(run); i < n; i += (int)gridDim.x * at_once)
+/* The rows of a block, in turn; a row's threads wait for each other alone. */
+template <class F> static __device__ __forceinline__ void for_rows(const moe4_layer_run &run, F f) {
+    for (int i = (int)blockIdx.x * ROWS + (int)threadIdx.x / ROW_THREADS, n = n_sources(run); i < n; i += (int)gridDim.x * ROWS)
         f(find_source(run, i));
 }
 
-template <int G> static __global__ void __launch_bounds__(THREADS, 2) copy_kernel(const __grid_constant__ moe4_layer_run run) {
-    for_rows<G>(run, [&](const source &s) { copy_row<G>(run, s); });
+static __global__ void __launch_bounds__(THREADS, 3) copy_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows(run, [&](const source &s) { copy_row(run, s); });
 }
 
-template <int G, bool WIDE>
-static __global__ void __launch_bounds__(THREADS, 2) convert_kernel(const __grid_constant__ moe4_layer_run run) {
-    for_rows<G>(run, [&](const source &s) { convert_row<G, WIDE>(run, s); });
+template <bool WIDE> static __global__ void __launch_bounds__(THREADS, 3) convert_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows(run, [&](const source &s) { convert_row<WIDE>(run, s); });
 }
 
-template <int G, bool WIDE> static __global__ void __launch_bounds__(THREADS, 2) round_kernel(const __grid_constant__ moe4_layer_run run) {
-    for_rows<G>(run, [&](const source &s) { round_row<G, WIDE>(run, s); });
+template <bool WIDE> static __global__ void __launch_bounds__(THREADS, 2) round_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows(run, [&](const source &s) { round_row<WIDE>(run, s); });
 }
 
-template <int G, bool WIDE> static __global__ void __launch_bounds__(THREADS, 2) amax_kernel(const __grid_constant__ moe4_layer_run run) {
-    for_rows<G>(run, [&](const source &s) {
-        uint32_t amax = row_amax<G, WIDE>(run, s);
-        if (threadIdx.x % G || amax >= MOE4_INF_BITS) return;
+template <bool WIDE> static __global__ void __launch_bounds__(THREADS, 3) amax_kernel(const __grid_constant__ moe4_layer_run run) {
+    for_rows(run, [&](const source &s) {
+        uint32_t amax = row_amax<WIDE>(run, s);
+        if (threadIdx.x % ROW_THREADS || amax >= MOE4_INF_BITS) return;
         atomicMax(run.x_amax + (run.slots_are == MOE4_SLOTS_DIAGONAL ? s.expert : 0), amax);
     });
 }
 
-template <int G> static cudaError_t launch(const moe4_layer_run &run, unsigned blocks, cudaStream_t stream) {
-    bool wide = run.x_dtype == MOE4_F32;
-    if (run.x_dtype == MOE4_NVFP4) {
-        copy_kernel<G><<<blocks, THREADS, 0, stream>>>(run);
-        return cudaGetLastError();
-    }
-    if (run.act == MOE4_ACT_W4A16 || run.act == MOE4_ACT_BF16) {
-        (wide ? convert_kernel<G, true> : convert_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
-        return cudaGetLastError();
-    }
-    if (run.act == MOE4_ACT_TENSOR) {
-        size_t n = run.slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)run.w.n : 1;
-        cudaError_t error = cudaMemsetAsync(run.x_amax, 0, n * sizeof *run.x_amax, stream);
-        if (error != cudaSuccess) return error;
-        (wide ? amax_kernel<G, true> : amax_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
-    }
-    (wide ? round_kernel<G, true> : round_kernel<G, false>)<<<blocks, THREADS, 0, stream>>>(run);
-    return cudaGetLastError();
-}
-
 cudaError_t moe4_cuda_round_rows(const moe4_layer_run *run, cudaStream_t stream) {
-    long long rows = (long long)run->n_tokens * run->top_k;
+    long long rows = (long long)run->n_tokens * run->top_k, all = (rows + ROWS - 1) / ROWS;
     if (!rows) return cudaSuccess;
-    bool many = rows >= MANY_ROWS;
-    long long blocks = many ? (rows + WARPS - 1) / WARPS : rows;
-    unsigned n = (unsigned)(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS); /* of max_rows, few may be there */
-    return many ? launch<32>(*run, n, stream) : launch<THREADS>(*run, n, stream);
+    unsigned blocks = (unsigned)(all < MOST_BLOCKS ? all : MOST_BLOCKS); /* of max_rows, few may be there */
+    bool wide = run->x_dtype == MOE4_F32;
+    if (run->x_dtype == MOE4_NVFP4) {
+        copy_kernel<<<blocks, THREADS, 0, stream>>>(*run);
+        return cudaGetLastError();
+    }
+    if (run->act == MOE4_ACT_W4A16 || run->act == MOE4_ACT_BF16) {
+        (wide ? convert_kernel<true> : convert_kernel<false>)<<<blocks, THREADS, 0, stream>>>(*run);
+        return cudaGetLastError();
+    }
+    if (run->act == MOE4_ACT_TENSOR) {
+        size_t n = run->slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)run->w.n : 1;
+        cudaError_t error = cudaMemsetAsync(run->x_amax, 0, n * sizeof *run->x_amax, stream);
+        if (error != cudaSuccess) return error;
+        (wide ? amax_kernel<true> : amax_kernel<false>)<<<blocks, THREADS, 0, stream>>>(*run);
+    }
+    (wide ? round_kernel<true> : round_kernel<false>)<<<blocks, THREADS, 0, stream>>>(*run);
+    return cudaGetLastError();
 }
