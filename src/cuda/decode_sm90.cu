@@ -196,25 +196,17 @@ template <int NT> static __device__ void consume(const moe4_layer_run &run, bloc
 
 /* ---- the warps that finish: each has its share of the rows ---- */
 
-/* What the end of an item needs of its columns; lane i has that of columns i and i + 32. */
-template <int NT> struct column_values {
-    static constexpr int n = (8 * NT + 31) / 32;
-    int slot[n];
-    float factor[n]; /* of its row of x or h */
-};
-
-/* Eight columns from 8j on: a lane has two of them, and of its half of the item's rows those that its fragments have. */
-template <int NT>
+/* Eight columns from 8j on: a lane has two of them, and of its half of the item's rows those that its fragments have. Lane i brings slot
+ * and factor of the item's column i. */
+template <class S>
 static __device__ __forceinline__ void finish_round(const moe4_layer_run &run, const work_item &item, const float *partials, int j, int me,
-                                                    const column_values<NT> &columns, float alpha, float up_alpha) {
-    using S = shape<NT>;
+                                                    int my_slot, float my_factor, float alpha, float up_alpha) {
     constexpr int second = S::row_groups < GROUPS ? S::row_groups * MOE4_GROUP_FLOATS : 0;
     int lane = threadIdx.x & 31, g = lane >> 2;
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
-        int column = 8 * j + 2 * (lane & 3) + i, from = column & 31, row = item.tile.first + column;
-        int slot = __shfl_sync(0xFFFFFFFFu, columns.slot[NT > 4 ? j / 4 : 0], from);
-        float factor = __shfl_sync(0xFFFFFFFFu, columns.factor[NT > 4 ? j / 4 : 0], from);
+        int column = 8 * j + 2 * (lane & 3) + i, row = item.tile.first + column, slot = __shfl_sync(0xFFFFFFFFu, my_slot, column);
+        float factor = __shfl_sync(0xFFFFFFFFu, my_factor, column);
         bool here = column < item.tile.n;
         uint32_t amax = 0;
 #pragma unroll 1
@@ -252,24 +244,15 @@ template <int NT> static __device__ void finish(const moe4_layer_run &run, const
         if (!item.phase) return;
         if (item.phase == PHASE_ROUND) continue;
 
-        /* What the end needs is asked for now. */
-        bool down = item.phase == MOE4_PHASE_DOWN, wide = (down ? run.h_factor : run.x_factor) != NULL;
-        int e = item.tile.expert;
-        float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e];
-        column_values<NT> columns;
-#pragma unroll
-        for (int i = 0; i < columns.n; i++) {
-            int c = lane + 32 * i;
-            columns.slot[i] = c < item.tile.n ? run.slots[item.tile.first + c] : 0;
-            columns.factor[i] = c < item.tile.n && wide && !down ? run.x_factor[x_row(run, columns.slot[i])] : 1.f;
-        }
+        /* What the end needs is asked for now; lane i has that of column i. */
+        bool down = item.phase == MOE4_PHASE_DOWN, mine = lane < item.tile.n, wide = (down ? run.h_factor : run.x_factor) != NULL;
+        int e = item.tile.expert, my_slot = mine ? run.slots[item.tile.first + lane] : 0;
+        float alpha = down ? run.w.alpha_down[e] : run.w.alpha_gate[e], up_alpha = down ? 0.f : run.w.alpha_up[e], my_factor = 1.f;
+        if (mine && wide && !down) my_factor = run.x_factor[x_row(run, my_slot)];
         for (int j = 0; 8 * j < item.tile.n; j++) {
             mbarrier_wait(bar.partial_full(round.i()), round.parity());
-#pragma unroll
-            for (int i = 0; i < columns.n; i++) /* they came with the rows */
-                if (!j && wide && down && lane + 32 * i < item.tile.n)
-                    columns.factor[i] = __ldcg(run.h_factor + item.tile.first + lane + 32 * i);
-            finish_round<NT>(run, item, partials + round.i() * ROUND_FLOATS, j, me, columns, alpha, up_alpha);
+            if (mine && wide && down && !j) my_factor = __ldcg(run.h_factor + item.tile.first + lane); /* it came with the rows */
+            finish_round<S>(run, item, partials + round.i() * ROUND_FLOATS, j, me, my_slot, my_factor, alpha, up_alpha);
             mbarrier_arrive(bar.partial_empty(round.i()));
             round.n++;
         }

@@ -15,7 +15,7 @@
 #define MOE4_SLICES 8      /* of k */
 #define MOE4_GROUP_WARPS 4 /* the warps of a group have the same rows */
 #define MOE4_GROUP_ROWS 32
-#define MOE4_ROW_TILES 2 /* of 16, in a group */
+#define MOE4_ROW_TILES 2                           /* of 16, in a group */
 #define MOE4_WARP_FLOATS (MOE4_ROW_TILES * 32 * 4) /* partial sums of eight columns */
 #define MOE4_GROUP_FLOATS (MOE4_GROUP_WARPS * MOE4_WARP_FLOATS)
 
