@@ -23,9 +23,10 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* Rows of one pass: accumulators, decoded weights and scales fill the 32 registers. From 14 on a pass is as fast as it gets, and more
- * rows only take more of the second-level cache; but one pass of 22 is faster than two of 11, which decode twice. */
-enum { MAX_ROWS = 22, BEST_ROWS = 14, EARLY_ROWS = 14 };
+/* Rows of one pass: accumulators, decoded weights and scales fill the 32 registers. From 16 on a pass is as fast as it gets, and more
+ * rows only take more of the second-level cache; but one pass of 22 is faster than two of 11, which decode twice. Up to EARLY_ROWS there
+ * are registers for two decoded blocks. */
+enum { MAX_ROWS = 22, BEST_ROWS = 16, EARLY_ROWS = 12 };
 
 /* One row alone multiplies the two block scales, which saves a permute: the weight's scale byte becomes a float of (8 + mantissa) *
  * 2^(exponent + 96 - 130), the line's first entry is 8/2^15 of the activation's, and so the sums come out 2^31 too small. */
