@@ -59,6 +59,26 @@ static size_t weight_bytes(const moe4_weight *w) {
     return w->rows * w->cols * moe4_dtype_bytes(w->dtype);
 }
 
+/* hit[n_hit]: experts with a position, those with most first; from MOST on all are alike. */
+static void list_hits(struct moe4_cpu_group *g) {
+    enum { MOST = 63 };
+    size_t n_before[MOST + 1] = {0}, n = 0; /* of experts with more positions */
+    for (size_t e = 0; e < g->set->n; e++) {
+        const int32_t rows = g->start[e + 1] - g->start[e];
+        n_before[rows < MOST ? rows : MOST]++;
+    }
+    for (size_t rows = MOST + 1; rows-- > 0;) {
+        const size_t here = n_before[rows];
+        n_before[rows] = n;
+        n += rows ? here : 0;
+    }
+    g->n_hit = n;
+    for (size_t e = 0; e < g->set->n; e++) {
+        const int32_t rows = g->start[e + 1] - g->start[e];
+        if (rows) g->hit[n_before[rows < MOST ? rows : MOST]++] = (int32_t)e;
+    }
+}
+
 moe4_status moe4_cpu_dispatch(const struct moe4_moe_call *c) {
     struct moe4_cpu_state *s = c->workspace;
     for (size_t i = 0; i < s->n_groups; i++) {
@@ -71,10 +91,10 @@ moe4_status moe4_cpu_dispatch(const struct moe4_moe_call *c) {
             every_token(c, g);
         }
         g->n_pos = (size_t)g->start[g->set->n];
+        list_hits(g);
         for (size_t e = 0; e < g->set->n; e++) {
             const moe4_expert *x = &g->set->expert[e];
             if (g->start[e] == g->start[e + 1]) continue;
-            g->hit[g->n_hit++] = (int32_t)e;
             s->report.weight_bytes += weight_bytes(&x->gate) + weight_bytes(&x->up) + weight_bytes(&x->down);
             for (int32_t p = g->start[e]; p < g->start[e + 1]; p++) {
                 g->x_scale[p] = fmaxf(x->gate.input_scale, x->up.input_scale); /* they read the same x */

@@ -24,7 +24,7 @@ struct moe4_cpu_group {
     bool routed; /* positions come from topk_ids; otherwise from the call's rows, or position = token */
     size_t n_pos, n_hit;
     int32_t *start;           /* [n + 1] positions of expert e: start[e] .. start[e + 1) */
-    int32_t *hit;             /* [n_hit] experts with a position */
+    int32_t *hit;             /* [n_hit] experts with a position, those with most of them first */
     int32_t *token;           /* [n_pos] the row of x */
     int32_t *pos_of_slot;     /* routed: [T * k], -1 for a slot that does not run here */
     float *x_scale, *h_scale; /* STATIC: [n_pos] input scales */

@@ -95,6 +95,7 @@ struct product {
     struct moe4_task_size task;
     size_t n_cols, blocks; /* of one expert */
     size_t n_items;
+    bool in_turn; /* items from the experts with most rows and from those with fewest, in turn */
     atomic_size_t taken;
     struct moe4_glu glu;
 };
@@ -107,7 +108,8 @@ struct part { /* one item's share */
 
 static struct part item_part(const struct product *p, size_t item) {
     const struct moe4_cpu_group *g = p->g;
-    size_t e = (size_t)g->hit[item / p->blocks], col0 = item % p->blocks * p->task.cols;
+    const size_t at = !p->in_turn ? item : item % 2 ? p->n_items - 1 - item / 2 : item / 2;
+    size_t e = (size_t)g->hit[at / p->blocks], col0 = at % p->blocks * p->task.cols;
     return (struct part){.e = &g->cpu->expert[e],
                          .w = &g->set->expert[e],
                          .pos0 = (size_t)g->start[e],
@@ -126,6 +128,13 @@ static void run_lane(void *arg, size_t lane) {
         p->compute(p, item, &next, p->s->lanes + lane * p->s->lane_bytes);
 }
 
+/* Experts with few rows wait for memory, those with more leave it alone: so threads do better with both kinds at any time. */
+static bool uneven(const struct moe4_cpu_group *g) {
+    if (!g->n_hit) return false;
+    const int32_t most = g->hit[0], least = g->hit[g->n_hit - 1];
+    return g->start[most + 1] - g->start[most] >= 2 * (g->start[least + 1] - g->start[least]);
+}
+
 static void run_product(const struct moe4_cpu_state *s, const struct moe4_cpu_group *g, const struct moe4_gemm *gemm, size_t n_cols,
                         size_t k, int n_products, struct moe4_glu glu, void (*compute)(struct product *, size_t, size_t *, void *)) {
     const moe4_ctx *ctx = s->moe->ctx;
@@ -133,6 +142,7 @@ static void run_product(const struct moe4_cpu_state *s, const struct moe4_cpu_gr
     p.task = moe4_task_size(ctx, gemm, g->n_pos, g->n_hit, n_cols, k);
     p.blocks = (n_cols + p.task.cols - 1) / p.task.cols;
     p.n_items = g->n_hit * p.blocks;
+    p.in_turn = moe4_ctx_n_threads(ctx) > 1 && uneven(g);
     moe4_run(ctx, moe4_ctx_n_threads(ctx), (double)g->n_pos * (double)n_cols * (double)k * n_products, run_lane, &p);
 }
 
