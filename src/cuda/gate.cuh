@@ -28,12 +28,23 @@ static __device__ __forceinline__ float exponential(float x) {
     return fmaf(e, lo * 0.693147181f, e);
 }
 
-/* gated_unit without a division, whose slow path is a call, and no call may stand between wgmma. */
+/* The smaller and the larger of two; a NaN stays. */
+static __device__ __forceinline__ float min_or_nan(float a, float b) {
+    float r;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+static __device__ __forceinline__ float max_or_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+/* gated_unit without branches and without a division, whose slow path is a call: no call may stand between wgmma. */
 static __device__ __forceinline__ float fast_gated_unit(const moe4_layer_run &run, float g, float u) {
-    if (run.limit > 0.f) {
-        g = g > run.limit ? run.limit : g;
-        u = u > run.limit ? run.limit : u < -run.limit ? -run.limit : u;
-    }
+    float limit = run.limit > 0.f ? run.limit : __int_as_float(0x7F800000);
+    g = min_or_nan(g, limit);
+    u = max_or_nan(min_or_nan(u, limit), -limit);
     float s = run.alpha * g;
     if (run.activation == MOE4_GELU_TANH) s = 1.5957691216f * (g + 0.044715f * (g * g * g));
     return g * reciprocal(1.f + exponential(fminf(fmaxf(-s, -88.f), 88.f))) * (u + run.beta); /* a NaN is in g too */

@@ -1,5 +1,5 @@
-/* The work items of the prefill kernel, and the warps that feed its consumers: one draws tickets and copies weights and activations into a
- * ring of stages, three look up what the end of an item needs. */
+/* The work items of the prefill kernel, and the warps that feed its consumers: one draws tickets, one copies weights and activations into a
+ * ring of stages, two look up what the end of an item needs. */
 #ifndef MOE4_CUDA_PREFILL_ITEMS_CUH
 #define MOE4_CUDA_PREFILL_ITEMS_CUH
 
@@ -8,6 +8,7 @@
 
 #define PREFILL_ITEMS 3 /* looked up ahead of the one that is consumed */
 #define PREFILL_LOADERS 128
+#define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
 /* A kernel: its consuming warpgroups, each with 64 rows of an item; the columns that an item may have; the columns that its products have
  * at least. wgmma with A in registers takes 64 cycles whatever its columns, up to 128: fewer would save nothing. */
@@ -37,7 +38,8 @@ struct column {
 };
 
 template <class S> struct prefill_shared {
-    uint64_t full[S::n_stages], empty[S::n_stages], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS];
+    uint64_t full[S::n_stages], empty[S::n_stages], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS],
+        wanted;
     prefill_item item[PREFILL_ITEMS];
     column columns[PREFILL_ITEMS][S::columns];
 };
@@ -69,31 +71,41 @@ template <class S> static __device__ __forceinline__ prefill_item place_item(con
     return item;
 }
 
-/* One thread: tickets, weights, activations. */
-template <class S>
-static __device__ __forceinline__ void load_items(const moe4_layer_run &run, int phases, prefill_shared<S> *s, uint32_t stages) {
-    prefill_ring stage = {0, 0}, at = {0, 0};
-    uint64_t once = policy_evict_first();
-    int next = atomicAdd(&run.state->prefill_ticket, 1);
-    for (;;) {
-        prefill_item item = place_item<S>(run, phases, next);
+/* One thread: draws tickets, one when it is wanted, so that what it looks up and waits for is there when the item before ends. */
+template <class S> static __device__ __forceinline__ void draw_items(const moe4_layer_run &run, int phases, prefill_shared<S> *s) {
+    prefill_ring at = {0, 0};
+    for (uint32_t parity = 0;; parity ^= 1) {
+        mbarrier_wait(smem_address(&s->wanted), parity);
+        prefill_item item = place_item<S>(run, phases, atomicAdd(&run.state->prefill_ticket, 1));
+        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP)
+            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) __nanosleep(32);
         mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity ^ 1);
         s->item[at.i] = item;
         mbarrier_arrive(smem_address(&s->item_full[at.i]));
         at.next(PREFILL_ITEMS);
         if (!item.phase) return;
-        next = atomicAdd(&run.state->prefill_ticket, 1); /* its latency passes while the stages load */
+    }
+}
+
+/* One thread: weights and activations. */
+template <class S> static __device__ __forceinline__ void load_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
+    prefill_ring stage = {0, 0}, at = {0, 0};
+    uint64_t once = policy_evict_first();
+    mbarrier_arrive(smem_address(&s->wanted));
+    for (;;) {
+        mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
+        prefill_item item = s->item[at.i];
+        at.next(PREFILL_ITEMS);
+        if (!item.phase) return;
         bool down = item.phase == MOE4_PHASE_DOWN;
-        if (down && phases & MOE4_PHASE_GATE_UP) {
-            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) __nanosleep(32);
-            fence_proxy_async();
-        }
+        if (down) fence_proxy_async(); /* h came by ordinary stores */
         uint32_t unit_bytes = (uint32_t)item.nt * 128;
         const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.index, item.units);
         const uint8_t *weights = (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes
                                        : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
                                  (size_t)item.row_tile * (size_t)item.units * MOE4_UNIT_BYTES;
         for (int u = 0; u < item.units; u++) {
+            if (u == max(item.units - PREFILL_AHEAD, 0)) mbarrier_arrive(smem_address(&s->wanted));
             uint32_t full = smem_address(&s->full[stage.i]);
             uint32_t w = stages + (uint32_t)(S::n_stages * S::b_bytes + stage.i * S::w_bytes);
             mbarrier_wait(smem_address(&s->empty[stage.i]), stage.parity ^ 1);
@@ -111,7 +123,7 @@ static __device__ __forceinline__ void load_items(const moe4_layer_run &run, int
     }
 }
 
-/* Three warps: where the columns of an item go, and their factors. */
+/* Two warps: where the columns of an item go, and their factors. */
 template <class S> static __device__ __forceinline__ void look_up_columns(const moe4_layer_run &run, prefill_shared<S> *s, int t) {
     prefill_ring at = {0, 0};
     for (;;) {
@@ -119,7 +131,7 @@ template <class S> static __device__ __forceinline__ void look_up_columns(const 
         const prefill_item &item = s->item[at.i];
         if (!item.phase) return;
         bool down = item.phase == MOE4_PHASE_DOWN;
-        for (int c = t; c < item.tile.n; c += PREFILL_LOADERS - 32) {
+        for (int c = t; c < item.tile.n; c += PREFILL_LOADERS - 64) {
             int r = item.tile.first + c, slot = run.slots[r];
             const float *factor = down ? run.h_factor : run.x_factor; /* in w4a16 too, where rows come in NVFP4 */
             column *to = &s->columns[at.i][c];

@@ -40,29 +40,37 @@ template <int NT, int M> static __device__ __forceinline__ void add_unit(float (
     wgmma_commit(); /* here: behind a branch's end it would be a wgmma of its own, and then the wait one for this unit */
 }
 
-/* A unit by the fragments `a`. While it runs, the unit before it ends, which gives its stage back. Only the switch knows the number of
- * columns: with a loop for each, ptxas would give each its own registers. */
+/* A unit by the fragments `a`, 8 * width columns. While it runs, the unit before it ends, which gives its stage back. Only the switch knows
+ * the number of columns: with a loop for each, ptxas would give each its own registers. */
 template <class S>
 static __device__ __forceinline__ void multiply_unit(float (&acc)[S::columns / 2], const uint32_t (&a)[16], consumer<S> *self, int width,
                                                      int *before) {
     uint64_t operand = wgmma_operand(self->b + (uint32_t)(self->stage.i * S::b_bytes));
     wgmma_fence();
     switch (width) {
-#define CASE(i)                                                                                       \
-    case i:                                                                                           \
-        if constexpr (16 * i >= S::fewest && 16 * i <= S::columns) add_unit<16 * i>(acc, a, operand); \
+#define CASE(i)                                                                                    \
+    case i:                                                                                        \
+        if constexpr (8 * i >= S::fewest && 8 * i <= S::columns) add_unit<8 * i>(acc, a, operand); \
         break
-        CASE(4);
-        CASE(5);
         CASE(8);
-        CASE(9);
         CASE(10);
-        CASE(11);
-        CASE(12);
-        CASE(13);
-        CASE(14);
-        CASE(15);
         CASE(16);
+        CASE(17);
+        CASE(18);
+        CASE(19);
+        CASE(20);
+        CASE(21);
+        CASE(22);
+        CASE(23);
+        CASE(24);
+        CASE(25);
+        CASE(26);
+        CASE(27);
+        CASE(28);
+        CASE(29);
+        CASE(30);
+        CASE(31);
+        CASE(32);
 #undef CASE
     }
     wgmma_wait<1>();

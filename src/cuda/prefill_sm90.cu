@@ -5,10 +5,11 @@
  *   until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
  *
  *   2 to 4 warpgroups  consume, 64 rows each
- *   a warp             draws tickets and fills a ring of stages with packed weights and activations by bulk copies
- *   three warps        look up what the end of an item needs: rows, slots, factors
+ *   a warp             draws tickets
+ *   a warp             fills a ring of stages with packed weights and activations by bulk copies
+ *   two warps          look up what the end of an item needs: rows, slots, factors
  *
- * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prefill_gather.cu puts x so, gate/up puts h so. */
+ * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prepare.cu and round_rows.cu put x so, gate/up puts h so. */
 #include "launch.cuh"
 #include "prefill_product.cuh"
 #include "prefill_store.cuh"
@@ -27,13 +28,24 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, c
     const prefill_item &item = self->s->item[at.i];
     const column *columns = self->s->columns[at.i];
     float acc[S::columns / 2];
-    product<S>(acc, self, max(item.nt, S::fewest) / 16, item.units);
+    product<S>(acc, self, max((item.tile.n + 7) / 8, S::fewest / 8), item.units);
     mbarrier_wait(smem_address(&self->s->columns_full[at.i]), at.parity);
-    int thread = thread_again(), lane = thread & 31, row = (item.row_tile + thread / 128) * MOE4_UNIT_ROWS + 16 * (thread / 32 & 3);
-    if (item.phase == MOE4_PHASE_DOWN)
-        store_down<S::columns>(run, acc, item.tile, columns, row + (lane >> 2), lane);
-    else if (thread / 128 < item.n_tiles)
-        store_gated<S::columns>(run, acc, item, columns, row / 2 + (lane >> 2), lane);
+    int thread = thread_again(), group = thread / 128;
+    prefill_thread place = {item.row_tile + group, thread / 32 & 3, thread % 32 / 4, thread & 3};
+    if (group >= item.n_tiles) return;
+    if (item.phase == MOE4_PHASE_DOWN) {
+        if (run.result.y)
+            store_result<S::columns>(run, acc, item, columns, place);
+        else
+            store_outputs<S::columns>(run, acc, item, columns, place);
+        return;
+    }
+    store_gated<S::columns>(run, acc, item, columns, place);
+    barrier_sync(GROUP_BARRIER + group, 128);
+    if (thread % 128 == 0) {
+        fence_proxy_async(); /* h will be read by bulk copies */
+        add_release(run.prefill_done + item.index, 1);
+    }
 }
 
 template <class S> static __device__ __forceinline__ void consume_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
@@ -42,16 +54,8 @@ template <class S> static __device__ __forceinline__ void consume_items(const mo
     prefill_ring at = {0, 0};
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        const prefill_item &item = s->item[at.i];
-        if (!item.phase) return;
+        if (!s->item[at.i].phase) return;
         consume_item<S>(run, at, &self);
-        if (item.phase == MOE4_PHASE_GATE_UP && group < item.n_tiles) {
-            barrier_sync(GROUP_BARRIER + group, 128);
-            if (threadIdx.x % 128 == 0) {
-                fence_proxy_async(); /* h will be read by bulk copies */
-                add_release(run.prefill_done + item.index, 1);
-            }
-        }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(smem_address(&s->item_empty[at.i]));
         at.next(PREFILL_ITEMS);
@@ -72,8 +76,9 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
         for (int i = 0; i < PREFILL_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
             mbarrier_init(smem_address(&s.item_empty[i]), S::groups * 4);
-            mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS - 32);
+            mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS - 64);
         }
+        mbarrier_init(smem_address(&s.wanted), 1);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -82,10 +87,12 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
     if (threadIdx.x >= S::groups * 128) {
         registers_shrink<S::loader_registers>();
         int t = (int)threadIdx.x - S::groups * 128;
-        if (t >= 32)
-            look_up_columns<S>(run, &s, t - 32);
+        if (t >= 64)
+            look_up_columns<S>(run, &s, t - 64);
+        else if (t == 32)
+            draw_items<S>(run, phases, &s);
         else if (t == 0)
-            load_items<S>(run, phases, &s, stages);
+            load_items<S>(run, &s, stages);
     } else {
         registers_grow<S::consumer_registers>();
         consume_items<S>(run, &s, stages);

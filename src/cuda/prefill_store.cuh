@@ -5,71 +5,100 @@
 #include "prefill_items.cuh"
 #include "result.cuh"
 
+#define PREFILL_AT_ONCE 32 /* columns whose gated units are computed before the first is stored: one hides what another waits for */
+
+/* A thread's place in the row tile of its warpgroup: rows g and g + 8 of its warp's 16, columns 2c and 2c + 1 of each eight. */
+struct prefill_thread {
+    int row_tile, warp, g, c;
+};
+
 /* The gated unit, thread by thread; neighbours in g exchange halves, so that a lane stores two features of one slot. */
 template <int NT>
 static __device__ __forceinline__ void store_gated(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
-                                                   const column *columns, int feature, int lane) {
+                                                   const column *columns, const prefill_thread &self) {
     const moe4_tile &tile = item.tile;
-    int c = lane & 3, odd = lane >> 2 & 1, even_feature = feature & ~1;
+    int c = self.c, odd = self.g & 1, even_feature = self.row_tile * (MOE4_UNIT_ROWS / 2) + 8 * self.warp + (self.g & ~1);
     size_t ld = (size_t)run.w.intermediate_units * MOE4_UNIT_K;
     float gate_alpha = run.w.alpha_gate[tile.expert], up_alpha = run.w.alpha_up[tile.expert];
     bool wide = run.act != MOE4_ACT_W4A16;
     char *h =
         (char *)prefill_tile(run.h_tiles, tile, item.index, run.w.intermediate_units) + (size_t)(even_feature >> 6) * (size_t)item.nt * 128;
-    prefill_place place = prefill_pair(even_feature);
+    h += prefill_offset(2 * c + odd, prefill_pair(even_feature));
     float *h_wide = run.h_wide + (size_t)tile.first * ld + even_feature;
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++) {
-        int at = 8 * j + 2 * c;
-        if (8 * j >= tile.n) break;
-        float f0 = columns[at].factor, f1 = columns[at + 1].factor;
-        float h0 = fast_gated_unit(run, acc[4 * j] * (gate_alpha * f0), acc[4 * j + 2] * (up_alpha * f0));
-        float h1 = fast_gated_unit(run, acc[4 * j + 1] * (gate_alpha * f1), acc[4 * j + 3] * (up_alpha * f1));
-        float other = __shfl_xor_sync(0xFFFFFFFFu, odd ? h0 : h1, 4);
-        float lo = odd ? other : h0, hi = odd ? h1 : other;
-        int row = at + odd;
-        if (row >= tile.n) continue;
-        if (wide) {
-            *(float2 *)(h_wide + (size_t)row * ld) = make_float2(lo, hi);
-        } else {
-            *(__nv_bfloat162 *)(h + prefill_offset(row, place)) = __floats2bfloat162_rn(lo, hi);
+    for (int first = 0; first < NT; first += PREFILL_AT_ONCE) {
+        if (first >= tile.n) break;
+        float both[PREFILL_AT_ONCE / 4];
+#pragma unroll
+        for (int i = 0; i < PREFILL_AT_ONCE / 4 && first + 4 * i < NT; i++) {
+            int j = first / 8 + i / 2, column = 8 * j + 2 * self.c + i % 2;
+            float f = columns[column].factor;
+            both[i] = fast_gated_unit(run, acc[4 * j + i % 2] * (gate_alpha * f), acc[4 * j + 2 + i % 2] * (up_alpha * f));
+        }
+#pragma unroll
+        for (int i = 0; i < PREFILL_AT_ONCE / 4 && first + 4 * i < NT; i += 2) {
+            float other = __shfl_xor_sync(0xFFFFFFFFu, odd ? both[i] : both[i + 1], 4);
+            float lo = odd ? other : both[i], hi = odd ? both[i + 1] : other;
+            int row = first + 4 * i + 2 * c + odd;
+            if (row >= tile.n) continue;
+            if (wide) {
+                *(float2 *)(h_wide + (size_t)row * ld) = make_float2(lo, hi);
+            } else {
+                *(__nv_bfloat162 *)(h + (first + 4 * i) * 128) = __floats2bfloat162_rn(lo, hi);
+            }
         }
     }
 }
 
-/* `at`: of feature n; `low` and `high`: whether n and n + 8 are there. */
-static __device__ __forceinline__ void store_pair(const moe4_layer_run &run, size_t at, const float *bias, float weight, float2 o, bool low,
-                                                  bool high) {
-    if (low) store_y(run.result.y, run.result.dtype, at, weighted_result(o.x, bias, weight));
-    if (high) store_y(run.result.y, run.result.dtype, at + 8, weighted_result(o.y, bias ? bias + 8 : NULL, weight));
+/* Two sums of a column, times its factor. */
+static __device__ __forceinline__ float2 scaled_pair(const float *acc, float f) {
+    return {__fmul_rn(acc[0], f), __fmul_rn(acc[2], f)};
 }
 
 template <int NT>
-static __device__ __forceinline__ void store_down(const moe4_layer_run &run, const float (&acc)[NT / 2], const moe4_tile &tile,
-                                                  const column *columns, int n, int lane) {
-    float alpha = run.w.alpha_down[tile.expert];
+static __device__ __forceinline__ void store_outputs(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
+                                                     const column *columns, const prefill_thread &self) {
+    float alpha = run.w.alpha_down[item.tile.expert];
+    int n = self.row_tile * MOE4_UNIT_ROWS + 16 * self.warp + self.g;
     bool low = n < run.w.hidden, high = n + 8 < run.w.hidden;
-    const float *bias = run.w.bias_down ? run.w.bias_down + (size_t)tile.expert * (size_t)run.w.hidden + n : NULL;
-    size_t first = (size_t)n + (run.slots_are == MOE4_SLOTS_DIAGONAL ? (size_t)tile.expert * (size_t)run.w.hidden : 0);
-    float *o = run.o + n;
 #pragma unroll
     for (int j = 0; j < NT / 8; j++) {
-        if (8 * j >= tile.n) break;
+        if (8 * j >= item.tile.n) break;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int at = 8 * j + 2 * (lane & 3) + i;
-            if (at >= tile.n) continue;
-            column col = columns[at];
-            float f = alpha * col.factor;
-            float2 sum = {__fmul_rn(acc[4 * j + i], f), __fmul_rn(acc[4 * j + 2 + i], f)};
-            if (run.result.y) {
-                float weight = run.result.weights ? run.result.weights[col.row] : 1.f;
-                store_pair(run, (size_t)col.row * run.result.ld + first, bias, weight, sum, low, high);
-                continue;
-            }
-            float *to = o + (size_t)col.row * (size_t)run.w.hidden;
-            if (low) to[0] = sum.x;
-            if (high) to[8] = sum.y;
+            int at = 8 * j + 2 * self.c + i;
+            if (at >= item.tile.n) continue;
+            float2 o = scaled_pair(acc + 4 * j + i, alpha * columns[at].factor);
+            float *to = run.o + (size_t)columns[at].row * (size_t)run.w.hidden + n;
+            if (low) to[0] = o.x;
+            if (high) to[8] = o.y;
+        }
+    }
+}
+
+/* The same where a row is y at once. */
+template <int NT>
+static __device__ __forceinline__ void store_result(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
+                                                    const column *columns, const prefill_thread &self) {
+    float alpha = run.w.alpha_down[item.tile.expert];
+    int n = self.row_tile * MOE4_UNIT_ROWS + 16 * self.warp + self.g;
+    bool low = n < run.w.hidden, high = n + 8 < run.w.hidden;
+    size_t of_expert = (size_t)item.tile.expert * (size_t)run.w.hidden + (size_t)n;
+    const float *bias = run.w.bias_down ? run.w.bias_down + of_expert : NULL;
+    size_t first = run.slots_are == MOE4_SLOTS_DIAGONAL ? of_expert : (size_t)n;
+#pragma unroll
+    for (int j = 0; j < NT / 8; j++) {
+        if (8 * j >= item.tile.n) break;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int at = 8 * j + 2 * self.c + i;
+            if (at >= item.tile.n) continue;
+            int row = columns[at].row;
+            float2 o = scaled_pair(acc + 4 * j + i, alpha * columns[at].factor);
+            float weight = run.result.weights ? run.result.weights[row] : 1.f;
+            size_t to = (size_t)row * run.result.ld + first;
+            if (low) store_y(run.result.y, run.result.dtype, to, weighted_result(o.x, bias, weight));
+            if (high) store_y(run.result.y, run.result.dtype, to + 8, weighted_result(o.y, bias ? bias + 8 : NULL, weight));
         }
     }
 }

@@ -42,21 +42,28 @@
 #define R14 R13, R(14)
 #define R15 R14, R(15)
 
-/* One instance: its N, the last group of registers, and the numbers of the operands behind them (a: four, b, accumulate). */
+/* The four registers behind R(i - 1), where N is no multiple of 16. */
+#define H(i) "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3])
+
+/* One instance: its N, its registers, and the numbers of the operands behind them (a: four, b, accumulate). */
 template <int N> struct wgmma;
-#define WGMMA(N, LAST, A0, A1, A2, A3, B, P)                                                                                         \
-    template <> struct wgmma<N> {                                                                                                    \
-        template <int M> static __device__ __forceinline__ void add(float (&d)[M], const uint32_t *a, uint64_t b, int accumulate) {  \
-            asm volatile("{\n"                                                                                                       \
-                         ".reg .pred p;\n"                                                                                           \
-                         "setp.ne.b32 p, %" #P ", 0;\n"                                                                              \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D##LAST "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 \
-                                                                                              "}, %" #B ", p, 1, 1, 0;\n"            \
-                                                                                              "}"                                    \
-                         : R##LAST                                                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                     \
-        }                                                                                                                            \
+#define WGMMA_OF(N, TEXT, REGISTERS, A0, A1, A2, A3, B, P)                                                                          \
+    template <> struct wgmma<N> {                                                                                                   \
+        template <int M> static __device__ __forceinline__ void add(float (&d)[M], const uint32_t *a, uint64_t b, int accumulate) { \
+            asm volatile("{\n"                                                                                                      \
+                         ".reg .pred p;\n"                                                                                          \
+                         "setp.ne.b32 p, %" #P ", 0;\n"                                                                             \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" TEXT "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3   \
+                         "}, %" #B ", p, 1, 1, 0;\n"                                                                                \
+                         "}"                                                                                                        \
+                         : REGISTERS                                                                                                \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                    \
+        }                                                                                                                           \
     }
+#define COMMA ,
+#define WGMMA(N, LAST, A0, A1, A2, A3, B, P) WGMMA_OF(N, D##LAST, R##LAST, A0, A1, A2, A3, B, P)
+#define WGMMA_8(N, LAST, I, T0, T1, T2, T3, A0, A1, A2, A3, B, P) \
+    WGMMA_OF(N, D##LAST ",%" #T0 ",%" #T1 ",%" #T2 ",%" #T3, R##LAST COMMA H(I), A0, A1, A2, A3, B, P)
 WGMMA(16, 0, 8, 9, 10, 11, 12, 13);
 WGMMA(32, 1, 16, 17, 18, 19, 20, 21);
 WGMMA(48, 2, 24, 25, 26, 27, 28, 29);
@@ -73,7 +80,19 @@ WGMMA(208, 12, 104, 105, 106, 107, 108, 109);
 WGMMA(224, 13, 112, 113, 114, 115, 116, 117);
 WGMMA(240, 14, 120, 121, 122, 123, 124, 125);
 WGMMA(256, 15, 128, 129, 130, 131, 132, 133);
+WGMMA_8(136, 7, 8, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73);
+WGMMA_8(152, 8, 9, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81);
+WGMMA_8(168, 9, 10, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89);
+WGMMA_8(184, 10, 11, 88, 89, 90, 91, 92, 93, 94, 95, 96, 97);
+WGMMA_8(200, 11, 12, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105);
+WGMMA_8(216, 12, 13, 104, 105, 106, 107, 108, 109, 110, 111, 112, 113);
+WGMMA_8(232, 13, 14, 112, 113, 114, 115, 116, 117, 118, 119, 120, 121);
+WGMMA_8(248, 14, 15, 120, 121, 122, 123, 124, 125, 126, 127, 128, 129);
 #undef WGMMA
+#undef WGMMA_8
+#undef WGMMA_OF
+#undef COMMA
+#undef H
 #undef R
 #undef D0
 #undef D1
