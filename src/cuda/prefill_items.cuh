@@ -11,7 +11,7 @@
 #define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
 /* A kernel: its consuming warpgroups, each with 64 rows of an item; the columns that an item may have; the columns that its products have
- * at least. wgmma with A in registers takes 64 cycles whatever its columns, up to 128: fewer would save nothing. */
+ * at least. */
 template <int GROUPS, int COLUMNS, int FEWEST> struct prefill_shape {
     static constexpr int groups = GROUPS, columns = COLUMNS, fewest = FEWEST, threads = GROUPS * 128 + PREFILL_LOADERS;
     static constexpr int b_bytes = COLUMNS * 128, w_bytes = GROUPS * MOE4_UNIT_BYTES;  /* of a stage: 64 k */
@@ -19,6 +19,8 @@ template <int GROUPS, int COLUMNS, int FEWEST> struct prefill_shape {
     static constexpr int n_fit = left / (b_bytes + w_bytes), n_stages = n_fit < 12 ? n_fit : 12;
     static constexpr int shared_bytes = 1024 + n_stages * (b_bytes + w_bytes);
     static constexpr int consumer_registers = GROUPS == 2 ? 224 : GROUPS == 3 ? 152 : 104, loader_registers = 56;
+    /* Of n columns, in eights: few in steps of 16, many in steps of 8. */
+    static __device__ __forceinline__ int width(int n) { return n > 128 ? (n + 7) / 8 : max(prefill_columns(n), FEWEST) / 8; }
     static __host__ __device__ constexpr int items(int row_tiles) { return (row_tiles + GROUPS - 1) / GROUPS; }
 };
 

@@ -52,6 +52,9 @@ static __device__ __forceinline__ void multiply_unit(float (&acc)[S::columns / 2
     case i:                                                                                        \
         if constexpr (8 * i >= S::fewest && 8 * i <= S::columns) add_unit<8 * i>(acc, a, operand); \
         break
+        CASE(2);
+        CASE(4);
+        CASE(6);
         CASE(8);
         CASE(10);
         CASE(16);

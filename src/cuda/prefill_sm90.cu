@@ -9,7 +9,7 @@
  *   a warp             fills a ring of stages with packed weights and activations by bulk copies
  *   two warps          look up what the end of an item needs: rows, slots, factors
  *
- * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prepare.cu and round_rows.cu put x so, gate/up puts h so. */
+ * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prepare.cu and round_rows.cu put x so, gate/up h. */
 #include "launch.cuh"
 #include "prefill_product.cuh"
 #include "prefill_store.cuh"
@@ -28,7 +28,7 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, c
     const prefill_item &item = self->s->item[at.i];
     const column *columns = self->s->columns[at.i];
     float acc[S::columns / 2];
-    product<S>(acc, self, max((item.tile.n + 7) / 8, S::fewest / 8), item.units);
+    product<S>(acc, self, S::width(item.tile.n), item.units);
     mbarrier_wait(smem_address(&self->s->columns_full[at.i]), at.parity);
     int thread = thread_again(), group = thread / 128;
     prefill_thread place = {item.row_tile + group, thread / 32 & 3, thread % 32 / 4, thread & 3};
@@ -112,8 +112,8 @@ cudaError_t moe4_cuda_prefill_sm90(const moe4_layer_run *run, int phases, int n_
         if (error != cudaSuccess) return error;
     }
     switch (run->prefill_columns) {
-    case 64: return launch<prefill_shape<4, 64, 64>>(run, phases, n_sms, stream);
-    case 80: return launch<prefill_shape<4, 80, 80>>(run, phases, n_sms, stream);
+    case 64: return launch<prefill_shape<4, 64, 16>>(run, phases, n_sms, stream);
+    case 80: return launch<prefill_shape<4, 80, 16>>(run, phases, n_sms, stream);
     case 160: return launch<prefill_shape<3, 160, 128>>(run, phases, n_sms, stream);
     default: return launch<prefill_shape<2, 256, 128>>(run, phases, n_sms, stream);
     }
