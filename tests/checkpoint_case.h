@@ -51,15 +51,20 @@ static inline void expect_words(const char *what, const char *words) {
     }
 }
 
-static inline void expect_open(const char *what, moe4_status status, const char *words) {
+/* Opening a file of the folder gives this status and these words; "": the folder. */
+static inline void expect_open_of(const char *file, const char *what, moe4_status status, const char *words) {
     moe4_checkpoint *ckpt = (moe4_checkpoint *)1;
-    moe4_status got = moe4_checkpoint_open(&ckpt, ctx, files_path(""));
+    moe4_status got = moe4_checkpoint_open(&ckpt, ctx, files_path(file));
     if (got != status) fail_msg("%s: status %d, want %d (\"%s\")", what, got, status, moe4_ctx_error(ctx));
     if (status == MOE4_OK)
         moe4_checkpoint_close(ckpt);
     else
         assert_null(ckpt);
     expect_words(what, words);
+}
+
+static inline void expect_open(const char *what, moe4_status status, const char *words) {
+    expect_open_of("", what, status, words);
 }
 
 #define TEST(t) cmocka_unit_test_setup_teardown(t, make_ctx, drop_ctx)

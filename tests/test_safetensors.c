@@ -1,46 +1,11 @@
 /* The reader of .safetensors files against one malformed file per rule, and against well-formed odd ones. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
-#include <cmocka.h>
 
-#include "files.h"
-#include "moe4.h"
-
-static moe4_ctx *ctx;
-
-static int set_up(void **state) {
-    (void)state;
-    files_make();
-    return moe4_ctx_create(&ctx, NULL);
-}
-
-static int tear_down(void **state) {
-    (void)state;
-    moe4_ctx_destroy(ctx);
-    files_remove();
-    return 0;
-}
+#include "checkpoint_case.h"
 
 /* t.safetensors must be refused with this status and a sentence that has these words (separated by '|'). */
 static void expect_refused(const char *what, moe4_status status, const char *words) {
-    moe4_checkpoint *ckpt = (moe4_checkpoint *)1;
-    moe4_status got = moe4_checkpoint_open(&ckpt, ctx, files_path("t.safetensors"));
-    const char *error = moe4_ctx_error(ctx);
-    if (got != status) fail_msg("%s: status %d, want %d (\"%s\")", what, got, status, error);
-    assert_null(ckpt);
-    char word[128];
-    for (const char *w = words; *w;) {
-        size_t n = strcspn(w, "|");
-        snprintf(word, sizeof word, "%.*s", (int)n, w);
-        if (!strstr(error, word)) fail_msg("%s: \"%s\" lacks \"%s\"", what, error, word);
-        w += n + (w[n] == '|');
-    }
+    expect_open_of("t.safetensors", what, status, words);
 }
 
 #define A "\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}"
@@ -238,13 +203,8 @@ static void test_dtypes(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_malformed, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_header_length, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_depth, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_long_name, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_not_a_file, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_well_formed, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(test_dtypes, set_up, tear_down),
+        TEST(test_malformed),  TEST(test_header_length), TEST(test_depth),  TEST(test_long_name),
+        TEST(test_not_a_file), TEST(test_well_formed),   TEST(test_dtypes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
