@@ -46,6 +46,7 @@ struct variant {
     int prefill_columns;
     routing slots_by;
     bool sustained; /* without pauses, for seconds */
+    int windows, slices;
 };
 
 /* The products of a run that may have both kinds of experts. */
@@ -83,6 +84,9 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
     r.prefill_columns = v.prefill_columns;
     r.x_dtype = MOE4_BF16;
     r.x_in_ld = (size_t)s.hidden;
+    r.n_windows = v.windows;
+    r.n_slices = v.slices;
+    if (v.windows) r.window_slots = T * s.k / v.windows + 16 & ~15;
     carve_run(&r);
     __nv_bfloat16 *y = poisoned<__nv_bfloat16>((size_t)T * s.hidden);
     std::vector<int32_t *> ids;
@@ -118,7 +122,9 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
         r.ids = ids[c];
         r.x_in = x[c];
         if (stages & 1) CUDA(moe4_cuda_prepare(&r, stream));
-        if (v.prefill_from) {
+        if (r.n_windows) {
+            run_windows(r, sms, y, MOE4_BF16, weights, stream);
+        } else if (v.prefill_from) {
             mixed(r, sms, stages, stream);
         } else if (stages & 2) {
             if (v.portable) {
@@ -133,28 +139,32 @@ static void bench(const layer_shape &s, const moe4_packed_experts &w, int T, moe
                 CUDA(moe4_cuda_decode_sm90(&r, 2, sms, stream));
             }
         }
-        if (stages & 4) CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, stream));
+        if (stages & 4 && !r.n_windows) CUDA(moe4_cuda_combine(&r, y, MOE4_BF16, (size_t)s.hidden, weights, NULL, 0, stream));
     };
     size_t n_y = (size_t)T * s.hidden;
     float *y32 = poisoned<float>(n_y);
     auto result = [&](void) {
         std::vector<float> host(n_y);
-        CUDA(moe4_cuda_combine(&r, y32, MOE4_F32, (size_t)s.hidden, weights, NULL, stream));
+        if (r.n_windows)
+            run_windows(r, sms, y32, MOE4_F32, weights, stream);
+        else
+            CUDA(moe4_cuda_combine(&r, y32, MOE4_F32, (size_t)s.hidden, weights, NULL, 0, stream));
         CUDA(cudaStreamSynchronize(stream));
         CUDA(cudaMemcpy(host.data(), y32, n_y * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemset(y32, 0xFF, n_y * 4));
         return host;
     };
     CUDA(cudaMemset(y32, 0xFF, n_y * 4));
-    one(0, 7);
+    one(0, v.windows ? 1 : 7);
     std::vector<float> got = result();
-    r.prefill_from = 0;
+    r.prefill_from = r.n_windows = 0;
     CUDA(moe4_cuda_prepare(&r, stream));
     CUDA(moe4_cuda_gate_up(&r, stream));
     CUDA(moe4_cuda_quantize_h(&r, stream));
     CUDA(moe4_cuda_down(&r, stream));
     std::vector<float> want = result();
     r.prefill_from = v.prefill_from;
+    r.n_windows = v.windows;
     double num = 0, den = 0;
     for (size_t i = 0; i < n_y; i++) num += ((double)got[i] - want[i]) * ((double)got[i] - want[i]), den += (double)want[i] * want[i];
     double error = sqrt(num / den); /* of prefill, whose sums have another order; the other kernels give the portable ones' bits */
@@ -232,14 +242,16 @@ int main(int argc, char **argv) {
         }
         for (int T : {128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
             int slots = T * s.k / s.n, columns = slots <= 52 ? 64 : slots <= 68 ? 80 : slots <= 150 ? 160 : 256;
-            go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, slots < 20 ? 65 : 17, columns});
-            go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, slots < 20 ? 65 : 17, columns});
+            int from = slots < 20 ? 65 : slots <= 150 ? 17 : 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
+            go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
+            go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
             if (T == 256 || T == 1024) {
                 go(T, MOE4_ACT_W4A16, {"mixed, hot", false, true, 24, 7, 17, columns, HOT});
                 go(T, MOE4_ACT_W4A16, {"mixed, half", false, true, 24, 7, 17, columns, HALF});
                 go(T, MOE4_ACT_W4A16, {"mixed, zipf", false, true, 24, 7, 17, columns, ZIPF});
             }
-            if (w1 ? T >= 1024 : T == 4096) go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, 17, columns, UNIFORM, true});
+            if (w1 ? T >= 1024 : T == 4096)
+                go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, from, columns, UNIFORM, true, windows, slices});
             if (T <= 1024) go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
             static const struct {
                 int columns;

@@ -180,7 +180,7 @@ template <class T> static bool same(const std::vector<T> &a, const std::vector<T
 static void untile(std::vector<__nv_bfloat16> *rows, const std::vector<__nv_bfloat16> &tiles, const std::vector<moe4_tile> &list,
                    int n_tiles, size_t width) {
     for (int t = 0; t < n_tiles; t++) {
-        size_t nt = (size_t)(list[t].n + 15) / 16 * 16, base = (size_t)(list[t].first + 15 * t + 15) / 16 * 16 * width;
+        size_t nt = (size_t)(list[t].n + 15) / 16 * 16, base = (size_t)(list[t].first + 15 * list[t].expert + 15) / 16 * 16 * width;
         for (size_t c = 0; c < (size_t)list[t].n; c++)
             for (size_t k = 0; k < width; k++) {
                 size_t pair = k % 64 / 2, chunk = pair % 8, byte = pair / 8 * 4 + k % 2 * 2;
@@ -198,7 +198,9 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     CUDA(moe4_cuda_prepare(&r, 0));
     int sms;
     CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    if (r.prefill_from && r.act == MOE4_ACT_W4A16) {
+    if (r.n_windows) {
+        run_windows(r, sms, y, MOE4_F32, weights, 0);
+    } else if (r.prefill_from && r.act == MOE4_ACT_W4A16) {
         CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
         CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
     } else if (r.prefill_from) {
@@ -221,7 +223,7 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
         CUDA(moe4_cuda_quantize_h(&r, 0));
         CUDA(moe4_cuda_down(&r, 0));
     }
-    CUDA(moe4_cuda_combine(&r, y, MOE4_F32, (size_t)r.w.hidden, weights, NULL, 0));
+    if (!r.n_windows) CUDA(moe4_cuda_combine(&r, y, MOE4_F32, (size_t)r.w.hidden, weights, NULL, 0, 0));
     CUDA(cudaDeviceSynchronize());
     outputs out;
     out.state = to_host(r.state, 1)[0];
@@ -236,10 +238,11 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     out.expert_slots = to_host(r.expert_slots, r.w.n);
     if (r.prefill_from) {
         auto list = to_host(r.prefill_tiles, r.max_prefill_tiles);
-        size_t rows = moe4_prefill_rows(slots, r.max_prefill_tiles);
+        size_t rows = moe4_prefill_rows(slots, r.w.n);
         std::vector<__nv_bfloat16> x(slots * hk), gathered(slots * hk);
         untile(&x, to_host(r.x_tiles, rows * hk), list, out.state.n_prefill_tiles, hk);
         untile(&out.h, to_host(r.h_tiles, rows * ik), list, out.state.n_prefill_tiles, ik);
+        if (r.n_windows) x.clear();                          /* the last window's */
         std::vector<bool> is_tiled(slots), is_known(x_rows); /* by sorted slot; by row: another slot has it too */
         for (int t = 0; t < out.state.n_prefill_tiles; t++)
             for (int i = 0; i < list[t].n; i++) is_tiled[list[t].first + i] = true;
@@ -249,7 +252,7 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
         int wrong = 0;
         for (int i = 0; i < out.state.n_slots; i++) {
             size_t row = row_of(i);
-            if (!is_tiled[i]) continue;
+            if (!is_tiled[i] || r.n_windows) continue;
             if (is_known[row]) wrong += memcmp(&out.x[row * hk], &x[i * hk], hk * sizeof x[0]) != 0;
             std::copy_n(&x[i * hk], hk, &out.x[row * hk]);
             is_known[row] = true;
@@ -391,6 +394,15 @@ static void prefill_checks(const shape_case &c, moe4_layer_run r, const host_lay
         outputs a = forward(r, true, d_weights), b = forward(r, true, d_weights);
         compare(c, r, l, a, x, local, weights);
         check(same(a.y, b.y), c.name, "y of prefill, repeated", from, 0);
+        if (from == 1 && !r.x_is_kept) { /* the same by parts */
+            moe4_layer_run parts = r;
+            size_t slots = (size_t)c.T * c.k;
+            parts.n_windows = slots < 64 ? 1 : columns == 64 ? 3 : 2;
+            parts.window_slots = (int)((slots / parts.n_windows + 16) & ~(size_t)15);
+            parts.n_slices = columns == 64 ? 1 : 3;
+            outputs p = forward(parts, true, d_weights);
+            check(same(a.y, p.y), c.name, "y by windows and slices", columns, 0);
+        }
         int tiles = 0;
         for (int e = 0; e < c.n; e++)
             if (a.expert_slots[e] >= from) tiles += (a.expert_slots[e] + r.prefill_columns - 1) / r.prefill_columns;

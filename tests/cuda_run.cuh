@@ -87,17 +87,38 @@ static void carve_run(moe4_layer_run *r) {
         r->max_prefill_tiles = (int)(slots / r->prefill_columns + (slots < (size_t)r->w.n ? slots : r->w.n));
         r->prefill_tiles = poisoned<moe4_tile>(r->max_prefill_tiles);
         r->prefill_done = poisoned<int>(r->max_prefill_tiles);
+        r->window_state = poisoned<moe4_run_state>(MOE4_MAX_WINDOWS);
+        r->window_tiles = poisoned<moe4_tile>((size_t)MOE4_MAX_WINDOWS * r->max_prefill_tiles);
         r->x_places = poisoned<moe4_prefill_place>(slots);
-        r->x_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * hk);
-        r->h_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->max_prefill_tiles) * ik);
+        r->x_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->w.n) * hk);
+        r->h_tiles = poisoned<__nv_bfloat16>(moe4_prefill_rows(slots, r->w.n) * ik);
     }
     r->o = poisoned<float>(slots * r->w.hidden);
 }
+/* A large batch after prepare by windows and slices, as the library runs it. */
+static void run_windows(const moe4_layer_run &r, int sms, void *y, moe4_dtype y_dtype, const float *weights, cudaStream_t stream) {
+    size_t ld = (size_t)r.w.hidden, y_size = y_dtype == MOE4_F32 ? 4 : 2;
+    for (int w = 0; w < r.n_windows; w++) {
+        moe4_layer_run window = moe4_cuda_window(&r, w);
+        if (w) CUDA(moe4_cuda_tile_rows(&window, stream));
+        CUDA(moe4_cuda_prefill_sm90(&window, MOE4_PHASE_GATE_UP, sms, stream));
+    }
+    CUDA(moe4_cuda_prefill_h_amax(&r, stream));
+    if (r.act == MOE4_ACT_TENSOR) CUDA(moe4_cuda_quantize_h(&r, stream));
+    CUDA(moe4_cuda_prefill_quantize_h(&r, stream));
+    for (int s = 0, tiles = moe4_cuda_slice_tiles(&r); s * tiles < r.w.down_tiles; s++) {
+        moe4_layer_run slice = moe4_cuda_slice(&r, s);
+        CUDA(moe4_cuda_prefill_sm90(&slice, MOE4_PHASE_DOWN, sms, stream));
+        CUDA(moe4_cuda_combine(&slice, (char *)y + (size_t)s * tiles * MOE4_UNIT_ROWS * y_size, y_dtype, ld, weights, NULL, 0, stream));
+    }
+}
+
 static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,        r->tiles,        r->slots,    r->expert_slots, r->x,      r->x_factor,
-                   r->x_saturated,  r->x_bad,        r->x_amax,   r->h_wide,       r->h_amax, r->h,
-                   r->h_factor,     r->h_saturated,  r->done,     r->ready,        r->o,      r->prefill_tiles,
-                   r->share_counts, r->prefill_done, r->x_places, r->x_tiles,      r->h_tiles};
+    void *all[] = {r->state,        r->tiles,        r->slots,        r->expert_slots, r->x,        r->x_factor,
+                   r->x_saturated,  r->x_bad,        r->x_amax,       r->h_wide,       r->h_amax,   r->h,
+                   r->h_factor,     r->h_saturated,  r->done,         r->ready,        r->o,        r->prefill_tiles,
+                   r->share_counts, r->window_state, r->window_tiles, r->prefill_done, r->x_places, r->x_tiles,
+                   r->h_tiles};
     for (void *p : all) CUDA(cudaFree(p));
 }
 

@@ -81,6 +81,32 @@ static void test_batches(void **state) {
     free_layer(&l);
 }
 
+/* A batch too large for x and o to stand in the workspace at once goes by windows and slices, and gives each token the same bits. */
+static void test_large_batch(void **state) {
+    (void)state;
+    enum { N = 40000, FEWER = 10000, H = 1040 };
+    struct layer l = random_layer(4, H, 48, 4, MOE4_NVFP4, MOE4_NVFP4, false);
+    struct layer_call c = random_call(&l, N, 4), part = c;
+    part.n_rows = FEWER;
+    float *all = malloc((size_t)N * H * sizeof *all), *few = malloc((size_t)FEWER * H * sizeof *few);
+    for (int m = 0; m < N_MODES; m++) {
+        if (modes[m] == MOE4_ACT_TENSOR || modes[m] == MOE4_ACT_STATIC) continue;
+        moe4_moe_options o = layer_options(&l, modes[m], 0, 4);
+        if (modes[m] == MOE4_ACT_W4A16) o.shared = &l.expert[1];
+        moe4_moe *moe;
+        OK(gpu, moe4_moe_create(&moe, gpu, l.expert, &o));
+        run_moe(gpu, moe, all, NULL, NULL, &c, &o);
+        run_moe(gpu, moe, few, NULL, NULL, &part, &o);
+        assert_memory_equal(all, few, (size_t)FEWER * H * sizeof *few);
+        for (size_t i = 0; i < (size_t)N * H; i += 997) assert_true(isfinite(all[i]));
+        moe4_moe_destroy(moe);
+    }
+    free(all);
+    free(few);
+    free_call(&c);
+    free_layer(&l);
+}
+
 /* Captured calls, replayed after routing and activations changed under them, beside a busy second stream: small ones, and large ones in
  * which experts go from one kernel to the other. */
 static void graph_case(const struct layer *l, moe4_act act, size_t N) {
@@ -149,6 +175,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_against_cpu),
         cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_large_batch),
         cmocka_unit_test(test_graphs),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);

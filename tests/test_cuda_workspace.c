@@ -28,13 +28,14 @@ static struct moe4_layer_run make_run(const struct shape *s, int top_k, moe4_act
     r.w.intermediate = s->intermediate;
     r.w.hidden_units = moe4_units((size_t)s->hidden);
     r.w.intermediate_units = moe4_units((size_t)s->intermediate);
+    r.may_slice = kind == LAYER;
     r.x_dtype = kind == LAYER_NVFP4_X ? MOE4_NVFP4 : MOE4_BF16;
     r.x_by_slot = kind == LAYER_WEIGHTED_X || kind == DIAGONAL;
     r.slots_are = by_rows ? MOE4_SLOTS_SORTED : kind == DIAGONAL ? MOE4_SLOTS_DIAGONAL : MOE4_SLOTS_BY_ID;
     return r;
 }
 
-static size_t need(struct moe4_layer_run *r, enum kind kind, int major) {
+static size_t count(struct moe4_layer_run *r, enum kind kind, int major) {
     const struct moe4_cuda_device device = {.major = major, .n_sms = 132};
     struct moe4_carver c = {0};
     moe4_cuda_choose_kernel(r, &device);
@@ -43,10 +44,25 @@ static size_t need(struct moe4_layer_run *r, enum kind kind, int major) {
     return c.used;
 }
 
+/* What is promised for up to n_tokens: the last batch with two kernels may need more than larger ones. */
+static size_t need(struct moe4_layer_run *r, enum kind kind, int major) {
+    struct moe4_layer_run fewer = *r;
+    size_t bytes = count(r, kind, major), last = moe4_cuda_last_mixed_batch(r);
+    if (kind >= LINEAR || last >= (size_t)r->n_tokens) return bytes;
+    fewer.n_tokens = (int)last;
+    size_t mixed = count(&fewer, kind, major);
+    return mixed > bytes ? mixed : bytes;
+}
+
 static void check_lists(const struct moe4_layer_run *r) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     assert_true(r->max_tiles >= slots / r->tile_columns + experts);
     if (r->prefill_from) assert_true(r->max_prefill_tiles >= slots / r->prefill_columns + experts);
+    if (r->n_windows) {
+        assert_in_range(r->n_windows, 1, MOE4_MAX_WINDOWS);
+        assert_in_range(r->n_slices, 1, MOE4_MAX_WINDOWS);
+        assert_true((long long)r->n_windows * r->window_slots >= slots);
+    }
 }
 
 /* Every batch of up to ALL_UP_TO tokens, then steps of about 2 %. */
@@ -72,7 +88,21 @@ static void test_never_falls(void **state) {
                     for (int major = 8; major <= 9; major++) check_kind(&shapes[s], top_ks[k], acts[a], (enum kind)kind, major);
 }
 
+/* A rank of a large model with 4096 tokens stays under half a gigabyte. */
+static void test_large_batch(void **state) {
+    (void)state;
+    struct moe4_layer_run r = make_run(&shapes[0], 6, MOE4_ACT_W4A16, LAYER, 4096);
+    assert_true(need(&r, LAYER, 9) <= 500000000);
+    /* a window and a slice fit where both stand */
+    struct moe4_carver c = {.base = (char *)64};
+    moe4_cuda_choose_kernel(&r, &(struct moe4_cuda_device){.major = 9});
+    moe4_cuda_carve_run(&c, &r, true);
+    size_t room = (size_t)((char *)r.h_tiles - (char *)r.x_tiles), slice_rows = (size_t)moe4_cuda_slice_tiles(&r) * MOE4_UNIT_ROWS;
+    assert_true(((size_t)r.window_slots + 15 * 48 + 15 + 256) * 7168 * 2 <= room);
+    assert_true((size_t)r.n_tokens * 6 * slice_rows * sizeof(float) <= room);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_never_falls)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_never_falls), cmocka_unit_test(test_large_batch)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

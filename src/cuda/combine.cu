@@ -58,7 +58,7 @@ static __device__ __forceinline__ void store_y(void *y, moe4_dtype dtype, size_t
 
 template <int V>
 static __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_constant__ moe4_layer_run run, void *y, moe4_dtype y_dtype,
-                                                                 size_t y_ld, const float *weights, const float *shared) {
+                                                                 size_t y_ld, const float *weights, const float *shared, size_t shared_ld) {
     int token = blockIdx.x, lane = threadIdx.x & 31, first = token * run.top_k;
     size_t ld = (size_t)run.w.hidden;
 #if __CUDA_ARCH__ == 900
@@ -84,7 +84,7 @@ static __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_co
         if (left <= 0) continue;
         if (shared) {
             float v[4];
-            load_4<V>(v, shared + (size_t)token * ld + n, left);
+            load_4<V>(v, shared + (size_t)token * shared_ld + n, left);
             for (int i = 0; i < 4; i++) sum[i] += v[i];
         }
         store_y(y, y_dtype, (size_t)token * y_ld + (size_t)n, sum, left);
@@ -93,9 +93,9 @@ static __global__ void __launch_bounds__(THREADS) combine_kernel(const __grid_co
 
 /* A block for each 4 * THREADS columns hides the latency of a few tokens; with many tokens fewer blocks begin fewer times. */
 cudaError_t moe4_cuda_combine(const moe4_layer_run *run, void *y, moe4_dtype y_dtype, size_t y_ld, const float *weights,
-                              const float *shared, cudaStream_t stream) {
+                              const float *shared, size_t shared_ld, cudaStream_t stream) {
     int columns = (run->w.hidden + 4 * THREADS - 1) / (4 * THREADS), wanted = MOST_BLOCKS / run->n_tokens + 1;
     dim3 grid((unsigned)run->n_tokens, (unsigned)(columns < wanted ? columns : wanted));
-    auto kernel = run->w.hidden % 4 ? combine_kernel<1> : combine_kernel<4>;
-    return moe4_cuda_launch_early(kernel, grid, THREADS, 0, stream, *run, y, y_dtype, y_ld, weights, shared);
+    auto kernel = run->w.hidden % 4 || (shared && shared_ld % 4) ? combine_kernel<1> : combine_kernel<4>;
+    return moe4_cuda_launch_early(kernel, grid, THREADS, 0, stream, *run, y, y_dtype, y_ld, weights, shared, shared_ld);
 }

@@ -95,6 +95,7 @@ const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct 
 size_t moe4_cuda_kernel_ranges(moe4_kernel_range range[MOE4_MAX_KERNEL_RANGES], const struct moe4_layer_run *r,
                                const struct moe4_cuda_device *device);
 bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r);
+size_t moe4_cuda_last_mixed_batch(const struct moe4_layer_run *r);
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);
 
 /* linear.c */

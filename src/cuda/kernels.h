@@ -15,6 +15,7 @@ typedef uint16_t moe4_bf16; /* the same bits; the host never reads them */
 #endif
 
 #include "../nvfp4.h"
+#include "nvfp4_layout.h"
 
 /* Where a run's tiles have few columns, `prepare` fills h_wide with words that no result has: who waits for a row reads it until none is
  * left. That spares a fence and a flag between blocks, whose latency a call for one token sees. */
@@ -37,8 +38,9 @@ struct moe4_tile {
 
 /* Where a slot's row of x stands in x_tiles. */
 struct moe4_prefill_place {
-    int base;                 /* column at which its tile begins; -1: the slot is not the prefill kernel's */
-    uint16_t column, columns; /* of the tile, rounded up */
+    int base;              /* column at which its tile begins; -1: the slot is not the prefill kernel's */
+    uint8_t column, steps; /* in the tile; its columns / 16, rounded up */
+    uint16_t window;
 };
 
 /* Which slots an expert has. */
@@ -149,6 +151,14 @@ struct moe4_layer_run {
     int max_prefill_tiles;
     int *prefill_done;                   /* [max_prefill_tiles] gate/up items that have finished */
     struct moe4_prefill_place *x_places; /* [n_slots], by slot */
+    /* A large batch whose experts all take it goes by windows of its sorted slots, of which x_tiles has one at a time, and by slices of
+     * down's rows, of which o has one at a time, in the same memory. 0 windows: neither. */
+    int may_slice;
+    int n_windows, window; /* how many; the one that the launchers are for */
+    int window_slots;      /* a tile belongs to the window where its first slot is */
+    int n_slices;
+    struct moe4_run_state *window_state; /* [n_windows], in place of state for gate/up, */
+    struct moe4_tile *window_tiles;      /* [n_windows, max_prefill_tiles], and of prefill_tiles */
     moe4_bf16 *x_tiles, *h_tiles;        /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
 };
 
@@ -183,8 +193,32 @@ static inline MOE4_ON_DEVICE int moe4_cuda_rows_are_slots(const struct moe4_laye
 }
 
 /* Columns that all tiles of a run may need, their padding included. */
-static inline size_t moe4_prefill_rows(size_t n_slots, size_t n_tiles) {
-    return n_slots + 15 * n_tiles + 16;
+static inline size_t moe4_prefill_rows(size_t n_slots, size_t n_experts) {
+    return n_slots + 15 * n_experts + 16;
+}
+
+/* The run for gate/up of a window, and for down of a slice, whose o has a slice's width. */
+#define MOE4_MAX_WINDOWS 16
+static inline struct moe4_layer_run moe4_cuda_window(const struct moe4_layer_run *run, int window) {
+    struct moe4_layer_run r = *run;
+    if (!run->n_windows) return r;
+    size_t before = (size_t)window * (size_t)run->window_slots * (size_t)(run->w.hidden_units * MOE4_UNIT_K);
+    r.window = window;
+    r.state = run->window_state + window;
+    r.prefill_tiles = run->window_tiles + (size_t)window * (size_t)run->max_prefill_tiles;
+    r.x_tiles = (moe4_bf16 *)((uintptr_t)run->x_tiles - before * sizeof *r.x_tiles); /* its first column is not the run's first */
+    return r;
+}
+static inline int moe4_cuda_slice_tiles(const struct moe4_layer_run *run) {
+    return (run->w.down_tiles + run->n_slices - 1) / run->n_slices;
+}
+static inline struct moe4_layer_run moe4_cuda_slice(const struct moe4_layer_run *run, int slice) {
+    struct moe4_layer_run r = *run;
+    int first = slice * moe4_cuda_slice_tiles(run), rows = run->w.hidden - first * MOE4_UNIT_ROWS, most = moe4_cuda_slice_tiles(run);
+    r.w.down += (size_t)first * (size_t)run->w.intermediate_units * MOE4_UNIT_BYTES;
+    r.w.down_tiles = run->w.down_tiles - first < most ? run->w.down_tiles - first : most;
+    r.w.hidden = rows < most * MOE4_UNIT_ROWS ? rows : most * MOE4_UNIT_ROWS;
+    return r;
 }
 
 #ifdef __cplusplus
@@ -205,6 +239,8 @@ cudaError_t moe4_cuda_prepare(const struct moe4_layer_run *run, cudaStream_t str
  * a run whose x is ready, round serves slots by id. */
 cudaError_t moe4_cuda_place_rows(const struct moe4_layer_run *run, cudaStream_t stream);
 cudaError_t moe4_cuda_round_rows(const struct moe4_layer_run *run, cudaStream_t stream);
+/* Rows of x into the tiles of the run's window, where it is not the first: prepare did that. */
+cudaError_t moe4_cuda_tile_rows(const struct moe4_layer_run *run, cudaStream_t stream);
 /* h from h_wide where that is a step of its own (TENSOR). */
 cudaError_t moe4_cuda_quantize_h(const struct moe4_layer_run *run, cudaStream_t stream);
 
@@ -225,9 +261,9 @@ cudaError_t moe4_cuda_prefill_sm90(const struct moe4_layer_run *run, int phases,
 cudaError_t moe4_cuda_prefill_h_amax(const struct moe4_layer_run *run, cudaStream_t stream); /* TENSOR: before moe4_cuda_quantize_h */
 cudaError_t moe4_cuda_prefill_quantize_h(const struct moe4_layer_run *run, cudaStream_t stream);
 
-/* y[T, hidden] = the sum over a token's slots of weight * o, in slot order, then `shared` [T, hidden] (or NULL); one rounding. */
+/* y[T, hidden] = the sum over a token's slots of weight * o, in slot order, then `shared` [T, shared_ld] (or NULL); one rounding. */
 cudaError_t moe4_cuda_combine(const struct moe4_layer_run *run, void *y, moe4_dtype y_dtype, size_t y_ld, const float *weights,
-                              const float *shared, cudaStream_t stream);
+                              const float *shared, size_t shared_ld, cudaStream_t stream);
 
 /* The other ends of a run, where `o` gets the bias of down. Each slot's weight * o goes to its own row of y (DIAGONAL: its own columns); or
  * token t's are summed: in the order of its slots, then the shared expert's, or in the order of its rows in a list that

@@ -183,7 +183,7 @@ static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_lay
     cudaError_t error =
         moe4_cuda_uses_sm90(device) ? moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, c->stream) : moe4_cuda_down(&r, c->stream);
     if (error != cudaSuccess || !is_narrowed(l, i)) return error;
-    if (!r.w.bias_down) return moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, c->stream);
+    if (!r.w.bias_down) return moe4_cuda_combine(&r, c->y[i], l->o.y_dtype, l->weight[i].rows, NULL, NULL, 0, c->stream);
     const struct moe4_combine rows = {.run = &r, .y = c->y[i], .y_dtype = l->o.y_dtype, .y_ld = l->weight[i].rows};
     return moe4_cuda_combine_rows(&rows, c->stream);
 }

@@ -12,13 +12,20 @@ static bool shares_x(const struct moe4_layer_run *r, const struct moe4_layer_run
     return r->act == first->act && r->act != MOE4_ACT_STATIC && !first->x_by_slot;
 }
 
+/* Whether down and combine may go by slices of rows. */
+static bool may_slice(const moe4_moe *moe) {
+    for (size_t g = 0; g < moe->n_groups; g++)
+        if (((const struct moe4_packed_experts *)moe->group[g].prepared)->bias_down) return false; /* another kernel combines */
+    return true;
+}
+
 struct moe4_runs moe4_cuda_layer_runs(const moe4_moe *moe, struct moe4_extent x, void *base) {
     const struct moe4_cuda_device *device = moe4_cuda_of(moe->ctx);
     struct moe4_runs all = {.fits = true, .n = x.by_rows ? 1 : moe->n_groups};
     struct moe4_carver c = {.base = base};
     for (size_t g = 0; g < all.n; g++) {
         struct moe4_layer_run *r = &all.run[g];
-        struct moe4_layer_run *first = &all.run[0];
+        const struct moe4_layer_run *first = &all.run[0];
         *r = (struct moe4_layer_run){.w = *(const struct moe4_packed_experts *)moe->group[g].prepared,
                                      .act = moe->group[g].act_x,
                                      .act_h = moe->group[g].act_h,
@@ -32,11 +39,12 @@ struct moe4_runs moe4_cuda_layer_runs(const moe4_moe *moe, struct moe4_extent x,
                                      .n_summed = (int)x.n_tokens,
                                      .x_by_slot = !g && moe->o.weighting == MOE4_WEIGHT_ON_X,
                                      .h_is_weighted = !g && moe->o.weighting == MOE4_WEIGHT_BEFORE_DOWN,
+                                     .x_is_kept = !g && all.n > 1 && moe->group[0].act_x != MOE4_ACT_STATIC, /* for the shared expert */
+                                     .may_slice = !g && !x.by_rows && may_slice(moe),
                                      .owner = moe,
                                      .x_dtype = moe->o.x_dtype,
                                      .x_in_ld = moe->o.x_ld};
         if (g && shares_x(r, first)) {
-            first->x_is_kept = 1;
             r->x_is_ready = 1;
             r->x = first->x;
             r->x_wide = first->x_wide;
@@ -84,6 +92,12 @@ static struct moe4_runs call_runs(const struct moe4_moe_call *c) {
 bool moe4_cuda_moe_bytes(size_t *bytes, const struct moe4_moe_call *c) {
     struct moe4_runs all = moe4_cuda_layer_runs(c->moe, call_extent(c), NULL);
     *bytes = all.bytes;
+    for (size_t g = 0; all.fits && !c->by_rows && g < all.n; g++) {
+        size_t fewer = moe4_cuda_last_mixed_batch(&all.run[g]);
+        if (fewer >= c->n_tokens) continue;
+        struct moe4_runs mixed = moe4_cuda_layer_runs(c->moe, (struct moe4_extent){.n_tokens = fewer}, NULL);
+        if (mixed.bytes > *bytes) *bytes = mixed.bytes;
+    }
     return all.fits;
 }
 
@@ -145,17 +159,35 @@ static struct moe4_layer_run from_h(const struct moe4_layer_run *run) {
     return r;
 }
 
-/* On sm_90 decode goes on to down where it can, and so does prefill where h needs no rounding. */
+/* Whether prefill goes on from gate/up to down: where h needs no rounding, and x and o have their own memory. */
+static bool prefill_is_fused(const struct moe4_layer_run *run) {
+    return run->act == MOE4_ACT_W4A16 && !run->n_windows;
+}
+
+static cudaError_t prefill_gate_up(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
+    bool tiled = moe4_cuda_tiles_x(run) || (!run->x_is_ready && moe4_cuda_rounds_apart(run) && moe4_cuda_rows_are_slots(run));
+    cudaError_t error = cudaSuccess;
+    for (int w = 0; error == cudaSuccess && w < (run->n_windows ? run->n_windows : 1); w++) {
+        struct moe4_layer_run r = moe4_cuda_window(run, w);
+        if (!tiled)
+            error = moe4_cuda_prefill_gather(&r, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
+        else if (w)
+            error = moe4_cuda_tile_rows(&r, stream);
+        int phases = prefill_is_fused(run) ? MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN : MOE4_PHASE_GATE_UP;
+        if (error == cudaSuccess) error = moe4_cuda_prefill_sm90(&r, phases, device->n_sms, stream);
+    }
+    return error;
+}
+
+/* On sm_90 decode goes on to down where it can. */
 static cudaError_t gate_up(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
     if (run->act == MOE4_ACT_BF16) return moe4_cuda_gate_up_wide(run, stream);
     if (!moe4_cuda_uses_sm90(device) || moe4_cuda_has_options(run)) return moe4_cuda_gate_up(run, stream);
     int both = MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
-    cudaError_t error = moe4_cuda_decode_sm90(run, run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : both, device->n_sms, stream);
-    if (error != cudaSuccess || !run->prefill_from) return error;
-    bool tiled = moe4_cuda_tiles_x(run) || (!run->x_is_ready && moe4_cuda_rounds_apart(run) && moe4_cuda_rows_are_slots(run));
-    if (!tiled) error = moe4_cuda_prefill_gather(run, run->w.hidden_units, stream); /* not before decode, which begins while prepare runs */
-    if (error != cudaSuccess) return error;
-    return moe4_cuda_prefill_sm90(run, run->act == MOE4_ACT_W4A16 ? both : MOE4_PHASE_GATE_UP, device->n_sms, stream);
+    cudaError_t error = cudaSuccess;
+    if (run->prefill_from != 1)
+        error = moe4_cuda_decode_sm90(run, run->act == MOE4_ACT_TENSOR ? MOE4_PHASE_GATE_UP : both, device->n_sms, stream);
+    return error == cudaSuccess && run->prefill_from ? prefill_gate_up(run, device, stream) : error;
 }
 
 static cudaError_t quantize_h(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
@@ -173,8 +205,8 @@ static cudaError_t down(const struct moe4_layer_run *run, const struct moe4_cuda
     if (run->act_h == MOE4_ACT_BF16) return moe4_cuda_down_wide(run, stream);
     struct moe4_layer_run r = from_h(run);
     if (!moe4_cuda_uses_sm90(device)) return moe4_cuda_down(&r, stream);
-    if (!is_fused(run, device)) error = moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, stream);
-    if (error != cudaSuccess || !run->prefill_from || run->act == MOE4_ACT_W4A16) return error;
+    if (!is_fused(run, device) && run->prefill_from != 1) error = moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, stream);
+    if (error != cudaSuccess || !run->prefill_from || prefill_is_fused(run) || run->n_windows) return error; /* slices: with combine */
     return moe4_cuda_prefill_sm90(run, MOE4_PHASE_DOWN, device->n_sms, stream);
 }
 
@@ -199,6 +231,22 @@ moe4_status moe4_cuda_down_stage(const struct moe4_moe_call *c) {
     return has_slots(c) ? each_run(c, down, "down") : MOE4_OK;
 }
 
+/* Down and combine in turn: o has room for a slice of rows. */
+static cudaError_t combine_slices(const struct moe4_combine *c, const struct moe4_cuda_device *device, cudaStream_t stream) {
+    const struct moe4_layer_run *run = c->run;
+    cudaError_t error = cudaSuccess;
+    int tiles = moe4_cuda_slice_tiles(run);
+    for (int s = 0; error == cudaSuccess && s * tiles < run->w.down_tiles; s++) {
+        struct moe4_layer_run r = moe4_cuda_slice(run, s);
+        size_t first = (size_t)(s * tiles) * MOE4_UNIT_ROWS, y_size = c->y_dtype == MOE4_F32 ? sizeof(float) : sizeof(moe4_bf16);
+        error = moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, device->n_sms, stream);
+        if (error != cudaSuccess) return error;
+        error = moe4_cuda_combine(&r, (char *)c->y + first * y_size, c->y_dtype, c->y_ld, c->weights, c->shared ? c->shared + first : NULL,
+                                  (size_t)run->w.hidden, stream);
+    }
+    return error;
+}
+
 static cudaError_t combine(const struct moe4_moe_call *c, const struct moe4_runs *all) {
     const moe4_moe_options *o = &c->moe->o;
     const struct moe4_layer_run *routed = &all->run[0], *shared = all->n > 1 ? &all->run[1] : NULL;
@@ -218,8 +266,9 @@ static cudaError_t combine(const struct moe4_moe_call *c, const struct moe4_runs
         cudaError_t error = moe4_cuda_list_rows(&any, c->stream);
         return error == cudaSuccess ? moe4_cuda_combine_tokens(&any, c->stream) : error;
     }
+    if (routed->n_windows) return combine_slices(&any, moe4_cuda_of(c->moe->ctx), c->stream);
     if (routed->w.bias_down || any.shared_bias) return moe4_cuda_combine_tokens(&any, c->stream);
-    return moe4_cuda_combine(routed, c->y, o->y_dtype, o->y_ld, any.weights, any.shared, c->stream);
+    return moe4_cuda_combine(routed, c->y, o->y_dtype, o->y_ld, any.weights, any.shared, (size_t)routed->w.hidden, c->stream);
 }
 
 moe4_status moe4_cuda_combine_stage(const struct moe4_moe_call *c) {

@@ -54,12 +54,8 @@ static __device__ int slot_of(const moe4_layer_run &run, int e, int i) {
     return i * run.top_k + e;
 }
 
-static __device__ void list_tiles(moe4_tile *tiles, int e, int first, int n, int head, int n_tiles) {
-    for (int i = 0, at = first; i < n_tiles; i++) {
-        int columns = n / n_tiles + (i < n % n_tiles);
-        tiles[head + i] = {e, at, columns, head, n_tiles};
-        at += columns;
-    }
+template <int STEP> static __device__ void list_tiles(moe4_tile *tiles, int e, int first, int n, int head, int n_tiles) {
+    for (int i = 0; i < n_tiles; i++) tiles[head + i] = split_tile<STEP>(e, first, n, head, n_tiles, i);
 }
 
 static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ moe4_layer_run run) {
@@ -75,14 +71,14 @@ static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_cons
         if (e < run.w.n) {
             run.expert_slots[e] = n;
             first[e] = at;
-            list_tiles(run.tiles, e, at, n, head, mine);
+            list_tiles<DECODE_STEP>(run.tiles, e, at, n, head, mine);
         }
         n_slots += slots;
         n_tiles += tiles;
         if (run.prefill_from) {
             mine = prefill ? (n + run.prefill_columns - 1) / run.prefill_columns : 0;
             head = n_prefill_tiles + scan_block<sum>(mine, &tiles) - mine;
-            list_tiles(run.prefill_tiles, e, at, n, head, mine);
+            list_tiles<PREFILL_STEP>(run.prefill_tiles, e, at, n, head, mine);
             n_prefill_tiles += tiles;
         }
         hit += __syncthreads_count(n > 0);

@@ -11,12 +11,13 @@ static __host__ __device__ __forceinline__ int prefill_columns(int n) {
     return (n + 15) & ~15;
 }
 
-/* The tiles' places need no sum over those before: tiles stand in the order of their slots, and 15 more columns are enough for each. */
-static __device__ __forceinline__ int prefill_tile_column(const moe4_tile &tile, int index) {
-    return (tile.first + 15 * index + 15) & ~15;
+/* The tiles' places need no sum over those before: tiles stand in the order of their slots, an expert's begin at multiples of 16 of its
+ * slots, and 15 more columns are enough for each expert. */
+static __device__ __forceinline__ int prefill_tile_column(const moe4_tile &tile) {
+    return (tile.first + 15 * tile.expert + 15) & ~15;
 }
-static __device__ __forceinline__ __nv_bfloat16 *prefill_tile(__nv_bfloat16 *base, const moe4_tile &tile, int index, int units) {
-    return base + (size_t)prefill_tile_column(tile, index) * (size_t)(units * MOE4_UNIT_K);
+static __device__ __forceinline__ __nv_bfloat16 *prefill_tile(__nv_bfloat16 *base, const moe4_tile &tile, int units) {
+    return base + (size_t)prefill_tile_column(tile) * (size_t)(units * MOE4_UNIT_K);
 }
 
 /* Within a unit: chunk and byte of an even k. */

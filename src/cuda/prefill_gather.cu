@@ -16,7 +16,7 @@ static __global__ void __launch_bounds__(THREADS) gather_kernel(const __grid_con
     for (int t = blockIdx.x; t < n_tiles; t += gridDim.x) {
         moe4_tile tile = run.prefill_tiles[t];
         int nt = prefill_columns(tile.n);
-        char *to = (char *)prefill_tile(run.x_tiles, tile, t, units);
+        char *to = (char *)prefill_tile(run.x_tiles, tile, units);
         for (int c = (int)(blockIdx.y * WARPS + (threadIdx.x >> 5)); c < nt; c += (int)gridDim.y * WARPS) {
             int row = x_row(run, run.slots[tile.first + min(c, tile.n - 1)]); /* columns past the last repeat it */
             const uint32_t *from = (const uint32_t *)(run.x + (size_t)row * (size_t)(units * MOE4_UNIT_K)) + chunk;

@@ -102,7 +102,7 @@ template <class S> static __device__ __forceinline__ void load_items(const moe4_
         bool down = item.phase == MOE4_PHASE_DOWN;
         if (down) fence_proxy_async(); /* h came by ordinary stores */
         uint32_t unit_bytes = (uint32_t)item.nt * 128;
-        const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.index, item.units);
+        const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.units);
         const uint8_t *weights = (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes
                                        : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
                                  (size_t)item.row_tile * (size_t)item.units * MOE4_UNIT_BYTES;

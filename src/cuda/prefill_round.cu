@@ -21,10 +21,10 @@ static __device__ uint32_t row_max(float v[16], const float *row, int blocks) {
     return reduce_row<ROW_THREADS, THREADS / ROW_THREADS, true>(amax);
 }
 
-static __device__ void round_row(const moe4_layer_run &run, const moe4_tile &tile, int index, int column, const float *in, int blocks,
-                                 float v[16], uint32_t amax) {
+static __device__ void round_row(const moe4_layer_run &run, const moe4_tile &tile, int column, const float *in, int blocks, float v[16],
+                                 uint32_t amax) {
     int row = tile.first + column, nt = prefill_columns(tile.n);
-    __nv_bfloat16 *to = prefill_tile(run.h_tiles, tile, index, run.w.intermediate_units);
+    __nv_bfloat16 *to = prefill_tile(run.h_tiles, tile, run.w.intermediate_units);
     bool bad = amax >= MOE4_INF_BITS;
     float S = 1.f, decode = 1.f;
     if (!bad)
@@ -64,7 +64,7 @@ template <bool AMAX_ONLY> static __global__ void __launch_bounds__(THREADS) rows
             float v[16];
             uint32_t amax = row_max(v, in, blocks);
             if (!AMAX_ONLY)
-                round_row(run, tile, t, c, in, blocks, v, amax);
+                round_row(run, tile, c, in, blocks, v, amax);
             else if (threadIdx.x % ROW_THREADS == 0)
                 run.h_amax[tile.first + c] = amax;
         }

@@ -21,8 +21,7 @@ static __device__ __forceinline__ void store_gated(const moe4_layer_run &run, co
     size_t ld = (size_t)run.w.intermediate_units * MOE4_UNIT_K;
     float gate_alpha = run.w.alpha_gate[tile.expert], up_alpha = run.w.alpha_up[tile.expert];
     bool wide = run.act != MOE4_ACT_W4A16;
-    char *h =
-        (char *)prefill_tile(run.h_tiles, tile, item.index, run.w.intermediate_units) + (size_t)(even_feature >> 6) * (size_t)item.nt * 128;
+    char *h = (char *)prefill_tile(run.h_tiles, tile, run.w.intermediate_units) + (size_t)(even_feature >> 6) * (size_t)item.nt * 128;
     h += prefill_offset(2 * c + odd, prefill_pair(even_feature));
     float *h_wide = run.h_wide + (size_t)tile.first * ld + even_feature;
 #pragma unroll

@@ -84,7 +84,7 @@ static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_const
 static cudaError_t launch_many(const moe4_layer_run *run, int rows, cudaStream_t stream) {
     size_t counts_bytes = (size_t)run->w.n * sizeof(int);
     long long slots = (long long)run->n_tokens * run->top_k, share = moe4_cuda_share_slots(run), blocks = slots / THREADS + 1;
-    bool apart = run->n_tokens > APART;
+    bool apart = run->n_tokens > APART || run->n_windows > 1;
     if (!apart && rows) blocks = MOST_BLOCKS;
     blocks = blocks < run->n_tokens ? blocks : run->n_tokens;
     cudaError_t error = cudaSuccess;
@@ -94,6 +94,11 @@ static cudaError_t launch_many(const moe4_layer_run *run, int rows, cudaStream_t
         error = moe4_cuda_launch_early(many_kernel, dim3((unsigned)(blocks ? blocks : 1)), THREADS, expert_places_bytes(run->w.n), stream,
                                        *run, rows && !apart);
     if (error != cudaSuccess || !rows || !apart) return error;
+    return moe4_cuda_launch_early(rows_kernel, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED, stream, *run);
+}
+
+cudaError_t moe4_cuda_tile_rows(const moe4_layer_run *run, cudaStream_t stream) {
+    int rows = run->act == MOE4_ACT_STATIC ? run->n_tokens * run->top_k : run->n_tokens;
     return moe4_cuda_launch_early(rows_kernel, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED, stream, *run);
 }
 

@@ -127,7 +127,7 @@ static __device__ target find_target(const moe4_layer_run &run, const source &s)
     moe4_tile tile = run.prefill_tiles[first];
     int column = s.place - tile.first;
     if (column < 0 || column >= tile.n) return none;
-    return {prefill_tile(run.x_tiles, tile, first, run.w.hidden_units), prefill_columns(tile.n), column, s.row};
+    return {prefill_tile(run.x_tiles, tile, run.w.hidden_units), prefill_columns(tile.n), column, s.row};
 }
 
 /* Block b of a row, by a whole warp; lanes whose block is past the row's end store nothing. */

@@ -67,19 +67,19 @@ static __device__ void store_x_block(const moe4_layer_run &run, int row, int fir
         uint4 chunk[2];
         prefill_chunks(chunk, v);
         for (int k0 = 0; k0 < n; k0 += 32) {
-            moe4_prefill_place mine = {-1, 0, 0};
+            moe4_prefill_place mine = {-1, 0, 0, 0};
             if (k0 + lane < n) mine = run.x_places[first + k0 + lane];
             bool is_decoded = mine.base < 0 && k0 + lane < n && local_expert(run, first + k0 + lane) >= 0;
             as_row |= __any_sync(0xFFFFFFFFu, is_decoded);
-            for (uint32_t tiled = __ballot_sync(0xFFFFFFFFu, mine.base >= 0); tiled; tiled &= tiled - 1) {
+            for (uint32_t tiled = __ballot_sync(0xFFFFFFFFu, mine.base >= 0 && mine.window == run.window); tiled; tiled &= tiled - 1) {
                 int at = __ffs(tiled) - 1, base = __shfl_sync(0xFFFFFFFFu, mine.base, at);
-                int column = __shfl_sync(0xFFFFFFFFu, (int)mine.column, at), nt = __shfl_sync(0xFFFFFFFFu, (int)mine.columns, at);
+                int column = __shfl_sync(0xFFFFFFFFu, (int)mine.column, at), nt = 16 * __shfl_sync(0xFFFFFFFFu, (int)mine.steps, at);
                 __nv_bfloat16 *tile = run.x_tiles + (size_t)base * (size_t)(run.w.hidden_units * MOE4_UNIT_K);
                 prefill_store_chunks(tile, nt, column, b, run.w.hidden_units, chunk);
             }
         }
     }
-    if (as_row && here) store_bf16_16(run.x + (size_t)row * (size_t)(run.w.hidden_units * MOE4_UNIT_K) + 16 * b, v);
+    if (as_row && here && !run.window) store_bf16_16(run.x + (size_t)row * (size_t)(run.w.hidden_units * MOE4_UNIT_K) + 16 * b, v);
 }
 
 /* A row of x: token's, or in STATIC slot's, as experts have their own input scales. */

@@ -7,14 +7,15 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 }
 
 /* docs/hopper.md has the measurements. */
-#define PREFILL_FROM 17 /* slots of an expert that the prefill kernel takes */
-#define PREFILL_FEW 65  /* the same where experts get few on average: a few that go another way cost more than they gain */
+#define PREFILL_FROM 17  /* slots of an expert that the prefill kernel takes */
+#define PREFILL_WIDE 150 /* slots an expert gets on average from where on it takes all: few slots are no slower there */
+#define PREFILL_FEW 65   /* the same where experts get few on average: a few that go another way cost more than they gain */
 
 /* Columns of the prefill kernel's tiles, up to so many slots an expert. */
 static const struct width {
     int columns;
     double up_to;
-} WIDTHS[] = {{64, 52}, {80, 68}, {160, 150}, {256, INT32_MAX}};
+} WIDTHS[] = {{64, 52}, {80, 68}, {160, PREFILL_WIDE}, {256, INT32_MAX}};
 enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the decode kernel's tiles */ };
 
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
@@ -28,6 +29,7 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     while (per_expert > WIDTHS[width].up_to) width++;
     r->prefill_from =
         moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= MOE4_PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
+    if (r->prefill_from && per_expert > PREFILL_WIDE && !moe4_cuda_rounds_apart(r)) r->prefill_from = 1;
     r->prefill_columns = WIDTHS[width].columns;
     r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
 }
@@ -43,11 +45,16 @@ static size_t most_prefill_tiles(size_t slots, size_t experts) {
     return most + experts;
 }
 
+/* The largest batch that leaves experts with few slots to decode, where larger ones do not: it may need more memory than they do. */
+size_t moe4_cuda_last_mixed_batch(const struct moe4_layer_run *r) {
+    return (size_t)r->w.n * PREFILL_WIDE / (size_t)r->top_k;
+}
+
 /* Of the routed experts' products. */
 const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     if (r->act == MOE4_ACT_BF16) return "fp32";
     if (!moe4_cuda_uses_sm90(device)) return "portable";
-    if (r->prefill_from) return "decode sm_90, prefill sm_90";
+    if (r->prefill_from) return r->prefill_from > 1 ? "decode sm_90, prefill sm_90" : "prefill sm_90";
     return moe4_cuda_has_options(r) ? "portable, decode sm_90" : "decode sm_90";
 }
 
@@ -56,7 +63,7 @@ size_t moe4_cuda_kernel_ranges(moe4_kernel_range range[MOE4_MAX_KERNEL_RANGES], 
     size_t n = 0;
     if (r->act == MOE4_ACT_BF16 || !moe4_cuda_uses_sm90(device) || moe4_cuda_has_options(r))
         range[n++] = (moe4_kernel_range){moe4_cuda_kernels_name(r, device), 1, (size_t)r->tile_columns};
-    else
+    else if (r->prefill_from != 1)
         range[n++] = (moe4_kernel_range){"decode sm_90", 1, (size_t)r->tile_columns};
     if (r->prefill_from) range[n++] = (moe4_kernel_range){"prefill sm_90", (size_t)r->prefill_from, (size_t)r->prefill_columns};
     return n;
@@ -67,9 +74,33 @@ bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r) {
     return r->slots_are != MOE4_SLOTS_BY_ID || r->x_by_slot || r->act == MOE4_ACT_BF16 || r->x_dtype == MOE4_NVFP4;
 }
 
+/* x_tiles and o of a batch whose experts all take prefill. Up to WINDOW_BYTES for both they stand beside each other, and gate/up goes on to
+ * down; past that they share the memory of one window or one slice. The size never falls where n_tokens grows. */
+#define WINDOW_BYTES ((size_t)304 << 20)
+
+static void carve_windows(struct moe4_carver *c, struct moe4_layer_run *r, size_t slots, size_t experts) {
+    size_t x_row = (size_t)r->w.hidden_units * MOE4_UNIT_K * sizeof *r->x_tiles, o_row = (size_t)r->w.hidden * sizeof *r->o, x = 0, o = 0;
+    size_t margin = (15 * experts + 288) * x_row, slack = slots * MOE4_UNIT_ROWS * sizeof *r->o; /* of a window; of a slice */
+    c->overflow |= !moe4_mul(&x, moe4_prefill_rows(slots, experts), x_row) || !moe4_mul(&o, slots, o_row);
+    if (c->overflow) return;
+    if (!r->may_slice || (x <= WINDOW_BYTES && o <= WINDOW_BYTES - x)) {
+        r->x_tiles = moe4_carve(c, x, 1);
+        r->o = moe4_carve(c, o, 1);
+        return;
+    }
+    size_t most = x > o ? x : o, bytes = most / MOE4_MAX_WINDOWS > WINDOW_BYTES ? most / MOE4_MAX_WINDOWS + 1 : WINDOW_BYTES;
+    r->n_windows = (int)((x + bytes - 1) / bytes);
+    r->n_slices = (int)((o + bytes - 1) / bytes);
+    r->window_slots = (int)((slots / (size_t)r->n_windows + 16) & ~(size_t)15);
+    r->window_state = moe4_carve(c, MOE4_MAX_WINDOWS, sizeof *r->window_state);
+    r->window_tiles = moe4_carve(c, (size_t)r->max_prefill_tiles, MOE4_MAX_WINDOWS * sizeof *r->window_tiles);
+    r->x_tiles = moe4_carve(c, bytes + (margin > slack ? margin : slack), 1);
+    r->o = (float *)r->x_tiles;
+}
+
 /* The one walk for the size query and the carve-up. A workspace must serve every batch up to the one that it was asked for, so no size here
- * may fall where n_tokens grows: lists have room for the narrowest tiles, whatever choose_kernel set. Without gate/up (a linear), h is x.
- */
+ * may fall where n_tokens grows, but past moe4_cuda_last_mixed_batch: lists have room for the narrowest tiles, whatever choose_kernel
+ * set. Without gate/up (a linear), h is x. */
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up) {
     size_t tokens = (size_t)r->n_tokens, slots = tokens * (size_t)r->top_k;
     size_t experts = slots < (size_t)r->w.n ? slots : (size_t)r->w.n;
@@ -79,6 +110,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     bool plain = r->act == MOE4_ACT_BF16, rounds_x = !plain && r->act != MOE4_ACT_W4A16;
     bool all_tiled = r->prefill_from && !with_gate_up && r->slots_are == MOE4_SLOTS_BY_ID; /* a linear has one expert for all rows */
     bool plain_h = act_h == MOE4_ACT_BF16, rounds_h = !plain_h && act_h != MOE4_ACT_W4A16;
+    bool takes_all = r->prefill_from == 1 && with_gate_up;
     r->max_tiles = (int)(slots / LEAST_COLUMNS + experts);
     r->state = moe4_carve(c, 1, sizeof *r->state); /* first: the report looks for it at the workspace's start */
     r->tiles = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->tiles);
@@ -89,16 +121,19 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
     if (r->prefill_from) {
-        size_t tiles = most_prefill_tiles(slots, experts), rows = moe4_prefill_rows(slots, tiles);
+        size_t tiles = most_prefill_tiles(slots, experts), rows = moe4_prefill_rows(slots, (size_t)r->w.n);
         r->max_prefill_tiles = (int)tiles;
         r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
         r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
         r->x_places = moe4_carve(c, slots, sizeof *r->x_places);
-        r->x_tiles = moe4_carve(c, rows, x_units * MOE4_UNIT_K * sizeof *r->x_tiles);
+        if (takes_all)
+            carve_windows(c, r, slots, experts);
+        else
+            r->x_tiles = moe4_carve(c, rows, x_units * MOE4_UNIT_K * sizeof *r->x_tiles);
         r->h_tiles = with_gate_up ? moe4_carve(c, rows, (size_t)r->w.intermediate_units * MOE4_UNIT_K * sizeof *r->h_tiles) : r->x_tiles;
     }
     if (!r->x_is_ready) {
-        r->x = plain || all_tiled ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
+        r->x = plain || all_tiled || (takes_all && !r->x_is_kept) ? NULL : moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x);
         r->x_wide = plain ? moe4_carve(c, x_rows, x_units * MOE4_UNIT_K * sizeof *r->x_wide) : NULL;
         r->x_factor = rounds_x || r->x_dtype == MOE4_NVFP4 ? moe4_carve(c, x_rows, sizeof *r->x_factor) : NULL;
         r->x_saturated = moe4_carve(c, x_rows, sizeof *r->x_saturated);
@@ -107,11 +142,11 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     }
     if (with_gate_up) {
         size_t width = (size_t)r->w.intermediate_units * MOE4_UNIT_K;
-        r->h = plain_h ? NULL : moe4_carve(c, slots, width * sizeof *r->h);
+        r->h = plain_h || takes_all ? NULL : moe4_carve(c, slots, width * sizeof *r->h);
         r->h_wide = rounds_h || plain_h ? moe4_carve(c, slots, width * sizeof *r->h_wide) : NULL;
         r->h_amax = rounds_h ? moe4_carve(c, slots + 1, sizeof *r->h_amax) : NULL;
         r->h_factor = rounds_h ? moe4_carve(c, slots, sizeof *r->h_factor) : NULL;
         r->h_saturated = rounds_h ? moe4_carve(c, slots, sizeof *r->h_saturated) : NULL;
-        r->o = moe4_carve(c, slots, (size_t)r->w.hidden * sizeof *r->o);
+        if (!takes_all) r->o = moe4_carve(c, slots, (size_t)r->w.hidden * sizeof *r->o);
     }
 }

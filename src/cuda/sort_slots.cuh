@@ -31,16 +31,6 @@ static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
     return make_int2(before.x + s.x - v.x, before.y + s.y - v.y);
 }
 
-#define DECODE_STEP 1 /* tiles are split evenly in steps of so many columns */
-#define PREFILL_STEP 16
-
-/* Tile i of an expert's: the first ones have a step more than the others, the last what is left. */
-template <int STEP> static __device__ moe4_tile split_tile(int expert, int first, int n, int head, int n_tiles, int i) {
-    int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles;
-    int at = (i * base + min(i, rest)) * STEP, columns = min((base + (i < rest)) * STEP, n - at);
-    return {expert, first + at, columns, head, n_tiles};
-}
-
 /* The tile of column `at`. */
 template <int STEP> static __device__ int tile_of(int n, int n_tiles, int at) {
     int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles, step = at / STEP;
@@ -202,10 +192,11 @@ static __device__ int2 place_experts(const moe4_layer_run &run, const expert_pla
 /* Which column of which prefill tile slot `at` of expert e's is. */
 static __device__ moe4_prefill_place find_place(const moe4_layer_run &run, const expert_places &p, int e, int at) {
     int n_tiles = p.head[1][e + 1] - p.head[1][e];
-    if (!n_tiles) return {-1, 0, 0};
+    if (!n_tiles) return {-1, 0, 0, 0};
     int i = tile_of<PREFILL_STEP>(p.n[e], n_tiles, at);
     moe4_tile tile = split_tile<PREFILL_STEP>(e, p.first[e], p.n[e], p.head[1][e], n_tiles, i);
-    return {prefill_tile_column(tile, p.head[1][e] + i), (uint16_t)(p.first[e] + at - tile.first), (uint16_t)prefill_columns(tile.n)};
+    return {prefill_tile_column(tile), (uint8_t)(p.first[e] + at - tile.first), (uint8_t)(prefill_columns(tile.n) / 16),
+            (uint16_t)(run.n_windows ? tile.first / run.window_slots : 0)};
 }
 
 /* The block's own slots, a warp after the other. */
@@ -224,13 +215,13 @@ static __device__ void place_slots(const moe4_layer_run &run, const expert_place
             __syncthreads();
         }
         if (e >= 0) run.slots[at] = s;
-        if (run.prefill_from && s < end) run.x_places[s] = e < 0 ? moe4_prefill_place{-1, 0, 0} : find_place(run, p, e, at - p.first[e]);
+        if (run.prefill_from && s < end) run.x_places[s] = e < 0 ? moe4_prefill_place{-1, 0, 0, 0} : find_place(run, p, e, at - p.first[e]);
     }
 }
 
-/* The expert whose tile `i` of a list is. */
+/* The expert whose tile `i` of a list is, or whose sorted slot. */
 static __device__ int tile_expert(const int *head, int n, int i) {
-    int first = 0, end = n; /* head[first] <= i < head[end] */
+    int first = 0, end = n; /* head[first] <= i, and i is before the end */
     while (end - first > 1) {
         int middle = (first + end) / 2;
         if (head[middle] <= i)
@@ -250,6 +241,36 @@ static __device__ void list_tiles(const int *head, moe4_tile *tiles, const moe4_
     }
 }
 
+/* The first prefill tile whose first slot is at `slot` of the sorted ones or later. */
+static __device__ int first_tile_from(const moe4_layer_run &run, const expert_places &p, int slot, int n_slots) {
+    if (slot >= n_slots) return p.head[1][run.w.n];
+    int e = tile_expert(p.first, run.w.n, slot), head = p.head[1][e], n_tiles = p.head[1][e + 1] - head;
+    if (!n_tiles) return head;
+    int i = tile_of<PREFILL_STEP>(p.n[e], n_tiles, slot - p.first[e]);
+    return head + i + (split_tile<PREFILL_STEP>(e, p.first[e], p.n[e], head, n_tiles, i).first < slot);
+}
+
+/* The prefill tiles again, window by window: an expert's in one window are neighbours there. */
+static __device__ void list_windows(const moe4_layer_run &run, const expert_places &p, int n_slots, int thread, int n_threads) {
+    __shared__ int begin[MOE4_MAX_WINDOWS + 1];
+    if ((int)threadIdx.x <= run.n_windows)
+        begin[threadIdx.x] =
+            (int)threadIdx.x < run.n_windows ? first_tile_from(run, p, (int)threadIdx.x * run.window_slots, n_slots) : p.head[1][run.w.n];
+    __syncthreads();
+    for (int i = thread; i < p.head[1][run.w.n]; i += n_threads) {
+        int e = tile_expert(p.head[1], run.w.n, i), head = p.head[1][e], end = p.head[1][e + 1];
+        moe4_tile tile = split_tile<PREFILL_STEP>(e, p.first[e], p.n[e], head, end - head, i - head);
+        int w = tile.first / run.window_slots, first = max(head, begin[w]);
+        tile.head = first - begin[w];
+        tile.n_tiles = min(end, begin[w + 1]) - first;
+        run.window_tiles[(size_t)w * (size_t)run.max_prefill_tiles + (size_t)(i - begin[w])] = tile;
+    }
+    if (thread < run.n_windows) {
+        run.window_state[thread].n_prefill_tiles = begin[thread + 1] - begin[thread];
+        run.window_state[thread].prefill_ticket = 0;
+    }
+}
+
 /* Slots begin .. end - 1 by this block, and its share of what is everybody's. */
 static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) {
     extern __shared__ int memory[];
@@ -263,6 +284,7 @@ static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) 
     for (int e = thread; e < run.w.n; e += n_threads) run.expert_slots[e] = p.n[e];
     if (!run.prefill_from) return;
     list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, thread, n_threads);
+    if (run.n_windows) list_windows(run, p, all.x, thread, n_threads);
     for (int i = thread; i < p.head[1][run.w.n]; i += n_threads) run.prefill_done[i] = 0;
     if (thread == 0) {
         run.state->n_prefill_tiles = p.head[1][run.w.n];
