@@ -53,7 +53,6 @@ static moe4_status read_piece(moe4_ctx *ctx, struct piece *p, size_t row, size_t
     p->w.rows = n;
     p->w.data = p->data;
     if (w->scale) p->w.scale = p->scale;
-    if (blocks) p->w.scale_rows = n;
     moe4_status status = quantize_mapped_read(&p->side->files, p->data, (const char *)w->data + row * one, n * one, why);
     if (status == MOE4_OK && one_scale)
         status = quantize_mapped_read(&p->side->files, p->scale, w->scale + (blocks ? row / w->scale_rows : row) * one_scale,

@@ -71,12 +71,17 @@ class Compare(CliCase):
         raw[codes] ^= 0x11  # both codes
         raw[codes + 1] ^= 0x20
         raw[scales + 9] ^= 1
+        large = "model.layers.0.mlp.gate_proj"  # more rows than are read at once
+        for suffix in ("weight", "weight_scale"):
+            raw[8 + n + header[f"{large}.{suffix}"]["data_offsets"][1] - 1] ^= 1
         (other / "model.safetensors").write_bytes(raw)
         said = self.json("compare", other, MODEL, "--layer", 3)
         first, second = said["matrices"][:2]
         self.assertEqual((first["name"], first["codes_differing"], first["scales_differing"]), (module, 3, 1))
         self.assertGreater(first["relative_error"], 0)
         self.assertEqual((second["codes_differing"], second["scales_differing"], second["relative_error"]), (0, 0, 0))
+        first = self.json("compare", other, MODEL, "--layer", 0)["matrices"][0]
+        self.assertEqual((first["name"], first["codes_differing"], first["scales_differing"]), (large, 1, 1))
         text = self.moe4("compare", other, MODEL, "--limit", 2).stdout.splitlines()
         self.assertEqual((len(text), text[1].split()[0], text[3].split()[:2]), (6, module, ["and", "527"]))
 
