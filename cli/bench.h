@@ -35,7 +35,7 @@ struct bench_result {
 /* Packing, in bytes read and written a second, and the read bandwidth beside it. */
 struct bench_pack {
     double fresh;       /* moe4_moe_create: into memory that the system has to find and clear */
-    double pages;       /* memory that the system finds and clears for as many threads; 0: not known */
+    double pages;       /* memory that the system finds and clears for as many threads, the best of a few; 0: not known */
     double again, read; /* the CPU's packing into memory that is there: moe4_moe_replace_expert of all experts. Medians; 0: not known */
 };
 

@@ -30,6 +30,7 @@ static inline uint8_t moe4_tile16_scale(uint8_t e4m3) {
 size_t moe4_tile16_bytes(const moe4_weight *w);
 void moe4_tile16_pack(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
 #if defined(__x86_64__)
+void moe4_tile16_pack_avx2(void *packed, const moe4_weight *w, size_t col0, size_t n_cols);
 void moe4_tile16_pack_avx512(void *packed, const moe4_weight *w, size_t col0, size_t n_cols); /* AVX-512 F, BW, VL, DQ, VBMI */
 #endif
 

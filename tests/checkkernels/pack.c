@@ -45,11 +45,12 @@ static void check_layouts(struct check *c) {
 
 #if defined(__x86_64__)
 static void check_weights(struct check *c) {
-    static const size_t ks[] = {16, 112, 128, 144, 256, 640}, ns[] = {1, 15, 16, 17, 48, 70};
+    static const size_t ks[] = {16, 64, 112, 128, 144, 192, 256, 640}, ns[] = {1, 15, 16, 17, 48, 70};
     bool ok = true;
-    if (c->k->w4a4->pack != moe4_tile16_pack_avx512) return;
-    for (size_t i = 0; i < 6; i++)
-        for (size_t j = 0; j < 6; j++) {
+    void (*pack)(void *packed, const moe4_weight *w, size_t col0, size_t n_cols) = c->k->w4a4->pack;
+    if (!pack || pack == moe4_tile16_pack) return;
+    for (size_t i = 0; i < sizeof ks / sizeof *ks; i++)
+        for (size_t j = 0; j < sizeof ns / sizeof *ns; j++) {
             const enum side side = random_below(&c->random, N_SIDES);
             uint8_t *codes = guarded(ks[i] * ns[j] / 2, side), *scales = guarded(ks[i] * ns[j] / 16, side);
             for (size_t k = 0; k < ks[i] * ns[j] / 2; k++) codes[k] = (uint8_t)random_u64(&c->random);
@@ -62,7 +63,7 @@ static void check_weights(struct check *c) {
             for (size_t col = 0, n; col < ns[j]; col += n) {
                 n = 16 * (1 + random_below(&c->random, 3));
                 if (n > ns[j] - col) n = ns[j] - col;
-                moe4_tile16_pack_avx512(got, &w, col, n);
+                pack(got, &w, col, n);
             }
             ok &= same_bytes(got, want, bytes);
             ok &= guarded_release();
