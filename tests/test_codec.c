@@ -1,18 +1,13 @@
 /* The NVFP4 codec: recipes against vectors made by an independent program, errors, the caller's settings. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <cmocka.h>
 #include <fenv.h>
 #include <float.h>
+#include <stdlib.h>
 
 #include "bits.h"
 #include "fpu.h"
 #include "internal.h"
 #include "random.h"
+#include "vector_file.h"
 
 /* ---- contexts: one for each ISA of this CPU ---- */
 
@@ -42,26 +37,8 @@ static moe4_checkpoint *vectors;
 static const char *const recipe_names[] = {"modelopt", "modelopt_static", "activation", "compressed_tensors", "four_over_six"};
 static const char *const kinds[] = {"normal", "ties", "outliers", "gaps", "edges", "close", "subnormal", "tiny", "huge", "bits", "zeros"};
 
-static moe4_tensor vector(const char *fmt, ...) {
-    char name[128];
-    moe4_tensor t = {0};
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(name, sizeof name, fmt, args);
-    va_end(args);
-    if (moe4_checkpoint_find(vectors, &t, name) != MOE4_OK) fail_msg("codec.safetensors lacks %s", name);
-    return t;
-}
-
-static void expect(const moe4_tensor *want, const void *got, size_t bytes) {
-    assert_int_equal(want->bytes, bytes);
-    const uint8_t *a = got, *b = want->data;
-    for (size_t i = 0; i < bytes; i++)
-        if (a[i] != b[i]) fail_msg("%s: byte %zu is 0x%02x, should be 0x%02x", want->name, i, a[i], b[i]);
-}
-
 static void run_vector(moe4_ctx *ctx, const char *kind, int recipe, const char *name) {
-    moe4_tensor x = vector("%s.x", kind), global = vector("%s.%s.%s.global", kind, recipe_names[recipe], name);
+    moe4_tensor x = vector_find(vectors, "%s.x", kind), global = vector_find(vectors, "%s.%s.%s.global", kind, recipe_names[recipe], name);
     size_t rows = x.shape[0], cols = x.shape[1];
     uint8_t *codes = malloc(rows * cols / 2), *scales = malloc(rows * cols / 16);
     float *used = malloc(rows * sizeof *used), *y = malloc(rows * cols * sizeof *y);
@@ -72,13 +49,13 @@ static void run_vector(moe4_ctx *ctx, const char *kind, int recipe, const char *
     if (strcmp(name, "given") == 0) o.global = global.data;
     uint64_t n_saturated = 99;
     assert_int_equal(moe4_nvfp4_quantize(ctx, codes, scales, used, &n_saturated, x.data, MOE4_F32, rows, cols, 0, &o), MOE4_OK);
-    moe4_tensor want = vector("%s.%s.%s.codes", kind, recipe_names[recipe], name);
-    expect(&global, used, (o.per_row ? rows : 1) * sizeof *used);
-    expect(&want, codes, rows * cols / 2);
-    want = vector("%s.%s.%s.scales", kind, recipe_names[recipe], name);
-    expect(&want, scales, rows * cols / 16);
-    want = vector("%s.%s.%s.saturated", kind, recipe_names[recipe], name);
-    expect(&want, &n_saturated, sizeof n_saturated);
+    moe4_tensor want = vector_find(vectors, "%s.%s.%s.codes", kind, recipe_names[recipe], name);
+    vector_expect(&global, used, (o.per_row ? rows : 1) * sizeof *used);
+    vector_expect(&want, codes, rows * cols / 2);
+    want = vector_find(vectors, "%s.%s.%s.scales", kind, recipe_names[recipe], name);
+    vector_expect(&want, scales, rows * cols / 16);
+    want = vector_find(vectors, "%s.%s.%s.saturated", kind, recipe_names[recipe], name);
+    vector_expect(&want, &n_saturated, sizeof n_saturated);
 
     o.global = used;
     static const struct {
@@ -88,8 +65,8 @@ static void run_vector(moe4_ctx *ctx, const char *kind, int recipe, const char *
     } outs[] = {{"f32", MOE4_F32, 4}, {"bf16", MOE4_BF16, 2}, {"f16", MOE4_F16, 2}};
     for (size_t i = 0; i < 3 && strcmp(name, "given") != 0; i++) {
         assert_int_equal(moe4_nvfp4_dequantize(ctx, y, outs[i].dtype, 0, codes, scales, rows, cols, &o), MOE4_OK);
-        want = vector("%s.%s.%s.y_%s", kind, recipe_names[recipe], name, outs[i].name);
-        expect(&want, y, rows * cols * outs[i].bytes);
+        want = vector_find(vectors, "%s.%s.%s.y_%s", kind, recipe_names[recipe], name, outs[i].name);
+        vector_expect(&want, y, rows * cols * outs[i].bytes);
     }
     free(codes);
     free(scales);
@@ -114,10 +91,10 @@ static void test_vectors(void **state) {
 static void test_number_vectors(void **state) {
     (void)state;
     assert_int_equal(moe4_checkpoint_open(&vectors, ctxs[0], MOE4_SOURCE_DIR "/tests/vectors/codec.safetensors"), MOE4_OK);
-    const float *x = vector("numbers.x").data;
-    const uint16_t *bf16 = vector("numbers.bf16").data, *f16 = vector("numbers.f16").data;
-    const uint8_t *e4m3 = vector("numbers.e4m3").data;
-    for (size_t i = 0; i < vector("numbers.x").shape[0]; i++) {
+    const float *x = vector_find(vectors, "numbers.x").data;
+    const uint16_t *bf16 = vector_find(vectors, "numbers.bf16").data, *f16 = vector_find(vectors, "numbers.f16").data;
+    const uint8_t *e4m3 = vector_find(vectors, "numbers.e4m3").data;
+    for (size_t i = 0; i < vector_find(vectors, "numbers.x").shape[0]; i++) {
         assert_int_equal(moe4_bf16_from_float(x[i]), bf16[i]);
         assert_int_equal(moe4_f16_from_float(x[i]), f16[i]);
         assert_int_equal(moe4_e4m3_from_float(x[i]), e4m3[i]);

@@ -1,35 +1,11 @@
 /* The codec against the packages whose recipes it follows: their own results on the rows of codec.safetensors, byte by byte. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <cmocka.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include "moe4.h"
+#include "vector_file.h"
 
 static moe4_checkpoint *rows_file, *oracles;
-
-static moe4_tensor tensor(const moe4_checkpoint *file, const char *fmt, ...) {
-    char name[128];
-    moe4_tensor t = {0};
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(name, sizeof name, fmt, args);
-    va_end(args);
-    if (moe4_checkpoint_find(file, &t, name) != MOE4_OK) fail_msg("no tensor %s", name);
-    return t;
-}
-
-static void expect(const moe4_tensor *want, const void *got, size_t bytes) {
-    assert_int_equal(want->bytes, bytes);
-    const uint8_t *a = got, *b = want->data;
-    for (size_t i = 0; i < bytes; i++)
-        if (a[i] != b[i]) fail_msg("%s: byte %zu is 0x%02x, the package says 0x%02x", want->name, i, a[i], b[i]);
-}
 
 /* x / (scale) that underflows to -0 has no sign for the packages, which look at it after dividing; ours is x's. */
 static void drop_signs_of_zeros(uint8_t *codes, size_t bytes) {
@@ -40,9 +16,9 @@ static void drop_signs_of_zeros(uint8_t *codes, size_t bytes) {
 
 static void compare(moe4_ctx *ctx, const char *kind, const char *recipe_name, moe4_recipe recipe, int per_row) {
     const char *name = per_row ? "row" : "tensor";
-    moe4_tensor x = tensor(rows_file, "%s.x", kind), global = tensor(oracles, "%s.%s.%s.global", kind, recipe_name, name);
-    moe4_tensor want_codes = tensor(oracles, "%s.%s.%s.codes", kind, recipe_name, name);
-    moe4_tensor want_scales = tensor(oracles, "%s.%s.%s.scales", kind, recipe_name, name);
+    moe4_tensor x = vector_find(rows_file, "%s.x", kind), global = vector_find(oracles, "%s.%s.%s.global", kind, recipe_name, name);
+    moe4_tensor want_codes = vector_find(oracles, "%s.%s.%s.codes", kind, recipe_name, name);
+    moe4_tensor want_scales = vector_find(oracles, "%s.%s.%s.scales", kind, recipe_name, name);
     size_t rows = x.shape[0], cols = x.shape[1], n_globals = per_row ? rows : 1;
     uint8_t *codes = malloc(rows * cols / 2), *scales = malloc(rows * cols / 16), *want = malloc(rows * cols / 2);
     float *used = malloc(rows * sizeof *used);
@@ -57,16 +33,16 @@ static void compare(moe4_ctx *ctx, const char *kind, const char *recipe_name, mo
         o.global = global.data;
         assert_int_equal(moe4_nvfp4_quantize(ctx, codes, scales, NULL, NULL, x.data, MOE4_F32, rows, cols, 0, &o), MOE4_OK);
     } else {
-        expect(&global, used, n_globals * sizeof *used);
+        vector_expect(&global, used, n_globals * sizeof *used);
     }
-    expect(&want_scales, scales, rows * cols / 16);
+    vector_expect(&want_scales, scales, rows * cols / 16);
     if (strcmp(kind, "bits") == 0) {
         memcpy(want, want_codes.data, rows * cols / 2);
         drop_signs_of_zeros(want, rows * cols / 2);
         drop_signs_of_zeros(codes, rows * cols / 2);
         want_codes.data = want;
     }
-    expect(&want_codes, codes, rows * cols / 2);
+    vector_expect(&want_codes, codes, rows * cols / 2);
     free(codes), free(scales), free(want), free(used);
 }
 
