@@ -8,15 +8,7 @@
 #include <vector>
 
 #include "../src/cuda/kernels.h"
-
-#define CUDA(expr)                                                                            \
-    do {                                                                                      \
-        cudaError_t error_ = (expr);                                                          \
-        if (error_ != cudaSuccess) {                                                          \
-            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
-            exit(1);                                                                          \
-        }                                                                                     \
-    } while (0)
+#include "../tests/cuda_call.cuh"
 
 enum { ROWS = 1 << 15, COLS = 7168 };
 

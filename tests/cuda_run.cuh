@@ -10,15 +10,7 @@
 
 #include "../src/cuda/kernels.h"
 #include "../src/cuda/nvfp4_layout.h"
-
-#define CUDA(expr)                                                                            \
-    do {                                                                                      \
-        cudaError_t error_ = (expr);                                                          \
-        if (error_ != cudaSuccess) {                                                          \
-            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #expr, cudaGetErrorString(error_)); \
-            exit(1);                                                                          \
-        }                                                                                     \
-    } while (0)
+#include "cuda_call.cuh"
 
 static uint64_t seed = 1;
 static uint32_t rnd(void) {
