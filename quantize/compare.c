@@ -204,7 +204,11 @@ static moe4_status run(struct job *job, struct quantize_comparison *r, size_t la
 }
 
 static moe4_status open_side(struct lm *lm, struct quantize_side *side, const char *model) {
-    LM_TRY(lm, moe4_checkpoint_open(&side->ckpt, lm->ctx, model));
+    moe4_status status = moe4_checkpoint_open(&side->ckpt, lm->ctx, model);
+    const char *why = moe4_ctx_error(lm->ctx);
+    /* Both models may have a file of the name that the library says. */
+    if (status != MOE4_OK && strncmp(why, model, strlen(model)) != 0) return lm_fail(lm, status, "%s: %s", model, why);
+    LM_TRY(lm, status);
     return quantize_files_open(&side->files, lm, side->ckpt, model);
 }
 

@@ -155,6 +155,9 @@ class Compare(CliCase):
         self.error("compare", a, b, status=BAD_DATA, says=["model.layers.0.mlp.up_proj", "16x32", "2x16"])
         self.error("compare", a, self.folder / "none", status=BAD_DATA, says="no such file")
         self.error("compare", a, status=BAD_USAGE, says="usage")
+        whole = (b / "model.safetensors").read_bytes()
+        (b / "model.safetensors").write_bytes(whole[:-4])
+        self.error("compare", a, b, status=BAD_DATA, says=[f"{b}: model.safetensors: tensor model.layers.0.mlp.up_proj.weight: ", "128", "124"])
 
 
 if __name__ == "__main__":
