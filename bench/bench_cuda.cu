@@ -241,7 +241,7 @@ int main(int argc, char **argv) {
             }
         }
         for (int T : {128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
-            int slots = T * s.k / s.n, columns = slots <= 52 ? 64 : slots <= 68 ? 80 : slots <= 150 ? 160 : 256;
+            int slots = T * s.k / s.n, columns = slots <= 35 ? 48 : slots <= 52 ? 64 : slots <= 68 ? 80 : slots <= 150 ? 160 : 256;
             int from = slots < 20 ? 65 : slots <= 150 ? 17 : 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
             go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
             go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
@@ -256,9 +256,9 @@ int main(int argc, char **argv) {
             static const struct {
                 int columns;
                 const char *name;
-            } widths[] = {{64, "prefill 64"}, {80, "prefill 80"}, {160, "prefill 160"}, {256, "prefill 256"}};
+            } widths[] = {{48, "prefill 48"}, {64, "prefill 64"}, {80, "prefill 80"}, {160, "prefill 160"}, {256, "prefill 256"}};
             for (auto &width : widths)
-                if (T < 1024 || width.columns > 80) go(T, MOE4_ACT_W4A16, {width.name, false, true, 24, 7, 1, width.columns});
+                if (slots < 4 * width.columns) go(T, MOE4_ACT_W4A16, {width.name, false, true, 24, 7, 1, width.columns});
             go(T, MOE4_ACT_W4A16, {"prepare", false, true, 24, 1, 1, 256});
             if (T >= 512) {
                 int wide = columns == 160 ? 160 : 256;

@@ -384,8 +384,8 @@ static int edge_expert(int token) {
  * tokens alone (in mode tensor it has other scales; elsewhere every expert's sums keep their order where all take one kernel). */
 static void prefill_checks(const shape_case &c, moe4_layer_run r, const host_layer &l, const std::vector<float> &x,
                            const std::vector<int> &local, const std::vector<float> &weights, const float *d_weights) {
-    for (int i = 0; i < 8; i++) {
-        static const int widths[] = {64, 80, 160, 256};
+    for (int i = 0; i < 10; i++) {
+        static const int widths[] = {48, 64, 80, 160, 256};
         int columns = widths[i / 2], from = i % 2 ? 20 : 1;
         if (least && (i % 2 == 0) != (columns == 256)) continue; /* all by prefill, or mixed */
         r.prefill_from = from;

@@ -10,18 +10,20 @@
 #define PREFILL_LOADERS 128
 #define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
-/* A kernel: its consuming warpgroups, each with 64 rows of an item; the columns that an item may have; the columns that its products have
- * at least. */
-template <int GROUPS, int COLUMNS, int FEWEST> struct prefill_shape {
-    static constexpr int groups = GROUPS, columns = COLUMNS, fewest = FEWEST, threads = GROUPS * 128 + PREFILL_LOADERS;
-    static constexpr int b_bytes = COLUMNS * 128, w_bytes = GROUPS * MOE4_UNIT_BYTES;  /* of a stage: 64 k */
+/* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, and the columns that
+ * its products have at least. A stage is 64 k: the activations of the columns, the weights of the row tiles, two barriers. */
+template <int GROUPS, int TILES, int COLUMNS, int FEWEST> struct prefill_shape {
+    static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, fewest = FEWEST, threads = GROUPS * 128 + PREFILL_LOADERS;
+    static constexpr int row_tiles = GROUPS * TILES;                                                              /* of an item */
+    static constexpr int weights = COLUMNS * 128, full = weights + row_tiles * MOE4_UNIT_BYTES, empty = full + 8; /* within a stage */
+    static constexpr int stage_bytes = (empty + 8 + 1023) & ~1023;                     /* wgmma's swizzle asks for multiples of 1024 */
     static constexpr int left = 227 * 1024 - 1024 - PREFILL_ITEMS * COLUMNS * 8 - 512; /* beside what prefill_shared takes */
-    static constexpr int n_fit = left / (b_bytes + w_bytes), n_stages = n_fit < 12 ? n_fit : 12;
-    static constexpr int shared_bytes = 1024 + n_stages * (b_bytes + w_bytes);
-    static constexpr int consumer_registers = GROUPS == 2 ? 224 : GROUPS == 3 ? 152 : 104, loader_registers = 56;
+    static constexpr int n_fit = left / stage_bytes, n_stages = n_fit < 12 ? n_fit : 12;
+    static constexpr int shared_bytes = 1024 + n_stages * stage_bytes;
+    static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152, loader_registers = 56;
     /* Of n columns, in eights: few in steps of 16, many in steps of 8. */
     static __device__ __forceinline__ int width(int n) { return n > 128 ? (n + 7) / 8 : max(prefill_columns(n), FEWEST) / 8; }
-    static __host__ __device__ constexpr int items(int row_tiles) { return (row_tiles + GROUPS - 1) / GROUPS; }
+    static __host__ __device__ constexpr int items(int all_row_tiles) { return (all_row_tiles + row_tiles - 1) / row_tiles; }
 };
 
 struct prefill_item {
@@ -40,8 +42,8 @@ struct column {
 };
 
 template <class S> struct prefill_shared {
-    uint64_t full[S::n_stages], empty[S::n_stages], item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS],
-        wanted;
+    uint64_t item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS], wanted;
+    uint64_t nowhere; /* takes arrivals that nobody waits for */
     prefill_item item[PREFILL_ITEMS];
     column columns[PREFILL_ITEMS][S::columns];
 };
@@ -63,12 +65,12 @@ template <class S> static __device__ __forceinline__ prefill_item place_item(con
     if (!item.phase) return item;
     moe4_tile head = run.prefill_tiles[ticket / items]; /* an expert's items go row tile by row tile, so that its tiles meet in L2 */
     int local = ticket - head.head * items;
-    item.row_tile = local / head.n_tiles * S::groups;
+    item.row_tile = local / head.n_tiles * S::row_tiles;
     item.index = head.head + local % head.n_tiles;
     item.tile = run.prefill_tiles[item.index];
     bool down = item.phase == MOE4_PHASE_DOWN;
     item.units = down ? run.w.intermediate_units : run.w.hidden_units;
-    item.n_tiles = min(S::groups, (down ? run.w.down_tiles : run.w.gate_up_tiles) - item.row_tile);
+    item.n_tiles = min(S::row_tiles, (down ? run.w.down_tiles : run.w.gate_up_tiles) - item.row_tile);
     item.nt = prefill_columns(item.tile.n);
     return item;
 }
@@ -89,9 +91,24 @@ template <class S> static __device__ __forceinline__ void draw_items(const moe4_
     }
 }
 
+/* Position in the ring of stages: where the stage stands in shared memory, its phase, and how many are left to the ring's end. */
+template <class S> struct stage_ring {
+    uint32_t at, parity;
+    int left;
+    __device__ __forceinline__ void next(void) {
+        at += S::stage_bytes;
+        if (--left == 0) {
+            at -= S::n_stages * S::stage_bytes;
+            left = S::n_stages;
+            parity ^= 1;
+        }
+    }
+};
+
 /* One thread: weights and activations. */
 template <class S> static __device__ __forceinline__ void load_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
-    prefill_ring stage = {0, 0}, at = {0, 0};
+    stage_ring<S> stage = {stages, 0, S::n_stages};
+    prefill_ring at = {0, 0};
     uint64_t once = policy_evict_first();
     mbarrier_arrive(smem_address(&s->wanted));
     for (;;) {
@@ -108,19 +125,18 @@ template <class S> static __device__ __forceinline__ void load_items(const moe4_
                                  (size_t)item.row_tile * (size_t)item.units * MOE4_UNIT_BYTES;
         for (int u = 0; u < item.units; u++) {
             if (u == max(item.units - PREFILL_AHEAD, 0)) mbarrier_arrive(smem_address(&s->wanted));
-            uint32_t full = smem_address(&s->full[stage.i]);
-            uint32_t w = stages + (uint32_t)(S::n_stages * S::b_bytes + stage.i * S::w_bytes);
-            mbarrier_wait(smem_address(&s->empty[stage.i]), stage.parity ^ 1);
-            mbarrier_arrive_expect(full, (uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes);
-            bulk_load(stages + (uint32_t)(stage.i * S::b_bytes), rows, unit_bytes, full);
+            mbarrier_wait(stage.at + S::empty, stage.parity ^ 1);
+            mbarrier_arrive_expect(stage.at + S::full, (uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes);
+            bulk_load(stage.at, rows, unit_bytes, stage.at + S::full);
             rows += unit_bytes;
 #pragma unroll
-            for (int r = 0; r < S::groups; r++) {
+            for (int r = 0; r < S::row_tiles; r++) {
                 if (r >= item.n_tiles) break;
-                bulk_load_streaming(w + (uint32_t)r * MOE4_UNIT_BYTES,
-                                    weights + ((size_t)r * (size_t)item.units + (size_t)u) * MOE4_UNIT_BYTES, MOE4_UNIT_BYTES, full, once);
+                bulk_load_streaming(stage.at + (uint32_t)(S::weights + r * MOE4_UNIT_BYTES),
+                                    weights + ((size_t)r * (size_t)item.units + (size_t)u) * MOE4_UNIT_BYTES, MOE4_UNIT_BYTES,
+                                    stage.at + S::full, once);
             }
-            stage.next(S::n_stages);
+            stage.next();
         }
     }
 }

@@ -1,4 +1,5 @@
-/* The main loop of the prefill kernel: a warpgroup's 64 rows times a tile's columns. */
+/* The main loop of the prefill kernel: a warpgroup's row tiles times a tile's columns. Its instructions are counted: beside wgmma a warp
+ * gets one through in four or five cycles (docs/hopper.md). */
 #ifndef MOE4_CUDA_PREFILL_PRODUCT_CUH
 #define MOE4_CUDA_PREFILL_PRODUCT_CUH
 
@@ -6,10 +7,10 @@
 #include "wgmma.cuh"
 
 template <class S> struct consumer {
-    prefill_shared<S> *s;
-    uint32_t b, w; /* the rings of activations and of weights; w is this lane's place */
-    int group, warp, lane;
-    prefill_ring stage;
+    stage_ring<S> stage;
+    uint32_t codes, scales; /* codes, scales: within a stage, this lane's of the first row tile */
+    uint32_t nowhere;
+    bool tells; /* one lane of a warp */
 };
 
 static __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
@@ -18,13 +19,10 @@ static __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
     return v;
 }
 
-/* The weights of a stage, when they are there: four A fragments, one for each 16 k. */
-template <class S>
-static __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const consumer<S> *self, const prefill_ring &stage) {
-    uint32_t w = self->w + (uint32_t)(stage.i * S::w_bytes);
-    mbarrier_wait(smem_address(&self->s->full[stage.i]), stage.parity);
-    uint4 words = load_shared_16(w + 512 * self->warp + 16 * self->lane);
-    uint32_t scales = load_shared_2(w + MOE4_UNIT_CODE_BYTES + 8 * self->lane + 2 * self->warp);
+/* The weights of a row tile: four A fragments, one for each 16 k. */
+template <class S> static __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const consumer<S> &self, int tile) {
+    uint4 words = load_shared_16(self.stage.at + self.codes + (uint32_t)(tile * MOE4_UNIT_BYTES));
+    uint32_t scales = load_shared_2(self.stage.at + self.scales + (uint32_t)(tile * MOE4_UNIT_BYTES));
     uint32_t scale_g = scale_multiplier<0>(scales), scale_g8 = scale_multiplier<1>(scales);
     decode_word(a, words.x, scale_g, scale_g8);
     decode_word(a + 4, words.y, scale_g, scale_g8);
@@ -32,73 +30,65 @@ static __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const cons
     decode_word(a + 12, words.w, scale_g, scale_g8);
 }
 
-template <int NT, int M> static __device__ __forceinline__ void add_unit(float (&acc)[M], const uint32_t (&a)[16], uint64_t operand) {
-    wgmma<NT>::add(acc, a, operand, 1);
-    wgmma<NT>::add(acc, a + 4, operand + 2, 1);
-    wgmma<NT>::add(acc, a + 8, operand + 4, 1);
-    wgmma<NT>::add(acc, a + 12, operand + 6, 1);
+template <int N, int M> static __device__ __forceinline__ void add_columns(float (&acc)[M], const uint32_t (&a)[16], uint32_t b) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) wgmma<N>::add(acc, a + 4 * q, wgmma_operand(b, q), 1);
     wgmma_commit(); /* here: behind a branch's end it would be a wgmma of its own, and then the wait one for this unit */
 }
 
-/* A unit by the fragments `a`, 8 * width columns. While it runs, the unit before it ends, which gives its stage back. Only the switch knows
- * the number of columns: with a loop for each, ptxas would give each its own registers. */
-template <class S>
-static __device__ __forceinline__ void multiply_unit(float (&acc)[S::columns / 2], const uint32_t (&a)[16], consumer<S> *self, int width,
-                                                     int *before) {
-    uint64_t operand = wgmma_operand(self->b + (uint32_t)(self->stage.i * S::b_bytes));
-    wgmma_fence();
-    switch (width) {
-#define CASE(i)                                                                                    \
-    case i:                                                                                        \
-        if constexpr (8 * i >= S::fewest && 8 * i <= S::columns) add_unit<8 * i>(acc, a, operand); \
-        break
-        CASE(2);
-        CASE(4);
-        CASE(6);
-        CASE(8);
-        CASE(10);
-        CASE(16);
-        CASE(17);
-        CASE(18);
-        CASE(19);
-        CASE(20);
-        CASE(21);
-        CASE(22);
-        CASE(23);
-        CASE(24);
-        CASE(25);
-        CASE(26);
-        CASE(27);
-        CASE(28);
-        CASE(29);
-        CASE(30);
-        CASE(31);
-        CASE(32);
-#undef CASE
+/* A row tile's products, with 8 * width columns: one of LO .. HI, in steps of 2 up to 16. Only these branches know it: with a loop for each
+ * width, ptxas would give each its own registers. */
+template <int LO, int HI, int M>
+static __device__ __forceinline__ void add_between(float (&acc)[M], const uint32_t (&a)[16], uint32_t b, int width) {
+    if constexpr (LO == HI) {
+        add_columns<8 * LO>(acc, a, b);
+    } else {
+        constexpr int half = (LO + HI + 1) / 2, middle = half < 16 ? half & ~1 : half, below = middle - (middle > 16 ? 1 : 2);
+        static_assert(LO % 2 == 0 || LO > 16, "steps of 2");
+        constexpr int from = middle > LO ? middle : LO + 2, to = middle > LO ? below : LO;
+        if (width < from)
+            add_between<LO, to>(acc, a, b, width);
+        else
+            add_between<from, HI>(acc, a, b, width);
     }
-    wgmma_wait<1>();
-    if (*before >= 0 && self->lane == 0) mbarrier_arrive(smem_address(&self->s->empty[*before]));
-    *before = self->stage.i;
-    self->stage.next(S::n_stages);
 }
 
-template <class S> static __device__ __forceinline__ void product(float (&acc)[S::columns / 2], consumer<S> *self, int width, int units) {
-    uint32_t a[16], b[16];
-    int before = -1; /* the stage of the unit before */
+/* Stage after stage, row tile after row tile. A group of products runs while the next fragments are decoded; once it has ended, its
+ * fragments' registers are free, and after a stage's last group the stage is. */
+template <class S>
+static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int width, int units) {
+    uint32_t a[16], b[16], before = self->nowhere;
 #pragma unroll
-    for (int i = 0; i < S::columns / 2; i++) acc[i] = 0.f;
-    decode_unit(a, self, self->stage);
+    for (int t = 0; t < S::tiles; t++)
+#pragma unroll
+        for (int i = 0; i < S::columns / 2; i++) acc[t][i] = 0.f;
 #pragma unroll 1
     for (;;) {
-        multiply_unit<S>(acc, a, self, width, &before);
+        mbarrier_wait(self->stage.at + S::full, self->stage.parity);
+        decode_unit(a, *self, 0);
+        wgmma_fence();
+        add_between<S::fewest / 8, S::columns / 8>(acc[0], a, self->stage.at, width);
+        wgmma_wait<1>();
+        if (self->tells) mbarrier_arrive(before);
+        before = self->stage.at + S::empty;
+        if constexpr (S::tiles == 1) {
+            self->stage.next();
+            if (--units == 0) break;
+            mbarrier_wait(self->stage.at + S::full, self->stage.parity);
+        }
+        decode_unit(b, *self, S::tiles - 1);
+        wgmma_fence();
+        add_between<S::fewest / 8, S::columns / 8>(acc[S::tiles - 1], b, self->stage.at, width);
+        wgmma_wait<1>();
+        if constexpr (S::tiles == 1) {
+            if (self->tells) mbarrier_arrive(before);
+            before = self->stage.at + S::empty;
+        }
+        self->stage.next();
         if (--units == 0) break;
-        decode_unit(b, self, self->stage);
-        multiply_unit<S>(acc, b, self, width, &before);
-        if (--units == 0) break;
-        decode_unit(a, self, self->stage);
     }
     wgmma_wait<0>();
-    if (self->lane == 0) mbarrier_arrive(smem_address(&self->s->empty[before]));
+    if (self->tells) mbarrier_arrive(before);
 }
 
 #endif

@@ -1,10 +1,10 @@
 /* The products of a layer at the speed of the tensor cores, for many slots per expert (sm_90): one persistent kernel.
  *
  *   Weights are wgmma's A, decoded from packed NVFP4 into registers while the wgmma before run; activations are B, up to 256 slots of an
- *   expert in shared memory. Tickets 0 .. G-1 are gate/up items (128 rows x the slots of a tile), the next are down items, which wait
- *   until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
+ *   expert in shared memory. Tickets 0 .. G-1 are gate/up items (128 to 384 rows x the slots of a tile), the next are down items, which
+ * wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
  *
- *   2 to 4 warpgroups  consume, 64 rows each
+ *   2 or 3 warpgroups  consume, a row tile of 64 each; two where a tile has few columns
  *   a warp             draws tickets
  *   a warp             fills a ring of stages with packed weights and activations by bulk copies
  *   two warps          look up what the end of an item needs: rows, slots, factors
@@ -24,38 +24,50 @@ static __device__ __forceinline__ int thread_again(void) {
 }
 
 template <class S>
-static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, const prefill_ring &at, consumer<S> *self) {
-    const prefill_item &item = self->s->item[at.i];
-    const column *columns = self->s->columns[at.i];
-    float acc[S::columns / 2];
+static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, prefill_shared<S> *s, const prefill_ring &at,
+                                                    consumer<S> *self) {
+    const prefill_item &item = s->item[at.i];
+    const column *columns = s->columns[at.i];
+    float acc[S::tiles][S::columns / 2];
     product<S>(acc, self, S::width(item.tile.n), item.units);
-    mbarrier_wait(smem_address(&self->s->columns_full[at.i]), at.parity);
+    mbarrier_wait(smem_address(&s->columns_full[at.i]), at.parity);
     int thread = thread_again(), group = thread / 128;
-    prefill_thread place = {item.row_tile + group, thread / 32 & 3, thread % 32 / 4, thread & 3};
-    if (group >= item.n_tiles) return;
-    if (item.phase == MOE4_PHASE_DOWN) {
-        if (run.result.y)
-            store_result<S::columns>(run, acc, item, columns, place);
+#pragma unroll
+    for (int t = 0; t < S::tiles; t++) {
+        int tile = group * S::tiles + t;
+        prefill_thread place = {item.row_tile + tile, thread / 32 & 3, thread % 32 / 4, thread & 3};
+        if (tile >= item.n_tiles) break;
+        if (item.phase != MOE4_PHASE_DOWN)
+            store_gated<S::columns>(run, acc[t], item, columns, place);
+        else if (run.result.y)
+            store_result<S::columns>(run, acc[t], item, columns, place);
         else
-            store_outputs<S::columns>(run, acc, item, columns, place);
-        return;
+            store_outputs<S::columns>(run, acc[t], item, columns, place);
     }
-    store_gated<S::columns>(run, acc, item, columns, place);
+    if (item.phase == MOE4_PHASE_DOWN) return;
+    int tiles = min(S::tiles, item.n_tiles - group * S::tiles);
+    if (tiles <= 0) return;
     barrier_sync(GROUP_BARRIER + group, 128);
     if (thread % 128 == 0) {
         fence_proxy_async(); /* h will be read by bulk copies */
-        add_release(run.prefill_done + item.index, 1);
+        add_release(run.prefill_done + item.index, tiles);
     }
 }
 
 template <class S> static __device__ __forceinline__ void consume_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
     int group = (int)threadIdx.x / 128, lane = threadIdx.x & 31, warp = (int)(threadIdx.x >> 5) & 3;
-    consumer<S> self = {s, stages, stages + (uint32_t)(S::n_stages * S::b_bytes + group * MOE4_UNIT_BYTES), group, warp, lane, {0, 0}};
+    uint32_t first = (uint32_t)(S::weights + group * S::tiles * MOE4_UNIT_BYTES);
+    consumer<S> self = {{stages, 0, S::n_stages},
+                        first + (uint32_t)(512 * warp + 16 * lane),
+                        first + (uint32_t)(MOE4_UNIT_CODE_BYTES + 8 * lane + 2 * warp),
+                        smem_address(&s->nowhere),
+                        lane == 0};
+    asm volatile("" : "+r"(self.codes), "+r"(self.scales)); /* or they are worked out again for every stage */
     prefill_ring at = {0, 0};
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
         if (!s->item[at.i].phase) return;
-        consume_item<S>(run, at, &self);
+        consume_item<S>(run, s, at, &self);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(smem_address(&s->item_empty[at.i]));
         at.next(PREFILL_ITEMS);
@@ -70,8 +82,8 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
     uint32_t stages = (smem_address(memory) + 1023) & ~1023u;
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::n_stages; i++) {
-            mbarrier_init(smem_address(&s.full[i]), 1);
-            mbarrier_init(smem_address(&s.empty[i]), S::groups * 4);
+            mbarrier_init(stages + (uint32_t)(i * S::stage_bytes + S::full), 1);
+            mbarrier_init(stages + (uint32_t)(i * S::stage_bytes + S::empty), S::groups * 4);
         }
         for (int i = 0; i < PREFILL_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
@@ -79,6 +91,7 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
             mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS - 64);
         }
         mbarrier_init(smem_address(&s.wanted), 1);
+        mbarrier_init(smem_address(&s.nowhere), S::groups * 4);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -111,10 +124,11 @@ cudaError_t moe4_cuda_prefill_sm90(const moe4_layer_run *run, int phases, int n_
         cudaError_t error = cudaMemsetAsync(&run->state->prefill_ticket, 0, sizeof run->state->prefill_ticket, stream);
         if (error != cudaSuccess) return error;
     }
-    switch (run->prefill_columns) {
-    case 64: return launch<prefill_shape<4, 64, 16>>(run, phases, n_sms, stream);
-    case 80: return launch<prefill_shape<4, 80, 16>>(run, phases, n_sms, stream);
-    case 160: return launch<prefill_shape<3, 160, 128>>(run, phases, n_sms, stream);
-    default: return launch<prefill_shape<2, 256, 128>>(run, phases, n_sms, stream);
+    switch (run->prefill_columns) { /* up to 80 columns all products have the kernel's width: a narrower wgmma is hardly faster there */
+    case 48: return launch<prefill_shape<3, 2, 48, 48>>(run, phases, n_sms, stream);
+    case 64: return launch<prefill_shape<3, 2, 64, 64>>(run, phases, n_sms, stream);
+    case 80: return launch<prefill_shape<3, 2, 80, 80>>(run, phases, n_sms, stream);
+    case 160: return launch<prefill_shape<3, 1, 160, 96>>(run, phases, n_sms, stream);
+    default: return launch<prefill_shape<2, 1, 256, 128>>(run, phases, n_sms, stream);
     }
 }

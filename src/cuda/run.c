@@ -15,7 +15,7 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 static const struct width {
     int columns;
     double up_to;
-} WIDTHS[] = {{64, 52}, {80, 68}, {160, PREFILL_WIDE}, {256, INT32_MAX}};
+} WIDTHS[] = {{48, 35}, {64, 52}, {80, 68}, {160, PREFILL_WIDE}, {256, INT32_MAX}};
 enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the decode kernel's tiles */ };
 
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile

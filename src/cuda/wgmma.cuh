@@ -138,9 +138,12 @@ static __device__ __forceinline__ void wgmma_commit(void) {
 template <int N> static __device__ __forceinline__ void wgmma_wait(void) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-/* b at a 1024-byte boundary, rows of 128 bytes, eight rows 1024 bytes on; + 2 is the next 16 k. */
-static __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
-    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+/* 16 k, from 16 q on, of b at a 1024-byte boundary: rows of 128 bytes, eight rows 1024 bytes on. By halves, as only the lower one changes.
+ */
+static __device__ __forceinline__ uint64_t wgmma_operand(uint32_t b, int q) {
+    uint64_t operand;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"((b >> 4) + (1u << 16) + 2u * (uint32_t)q), "n"(1024 >> 4 | 1 << 30));
+    return operand;
 }
 
 /* A warpgroup takes or gives back registers. */
