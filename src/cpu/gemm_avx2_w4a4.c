@@ -110,7 +110,7 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
         for (size_t i = 0; i < n_chunks; i++) {
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) {
-                if (half == 0) moe4_tile16_prefetch(w + i, i, n_chunks, next, b, n_rows);
+                if (half == 0) moe4_tile16_prefetch(w + i, i, n_chunks, next, b, true);
                 block(acc[0], rows, i, w + i, b, together == 2 ? 0 : half, n_rows);
                 if (together == 2) block(acc[1], rows, i, w + i, b, 1, n_rows);
             }
