@@ -3,6 +3,7 @@
 #define MOE4_CPU_TILE16_X86_H
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "pack.h"
 
@@ -16,6 +17,17 @@
 __attribute__((target("avx512f"), always_inline)) static inline __m512i moe4_once(__m512i x) {
     __asm__("" : "+v"(x));
     return x;
+}
+
+/* y[0 .. cols), of the eight at most. */
+__attribute__((target("avx2"), always_inline)) static inline void moe4_store8(float *y, __m256 x, size_t cols) {
+    if (cols >= 8) {
+        _mm256_storeu_ps(y, x);
+    } else {
+        float out[8];
+        _mm256_storeu_ps(out, x);
+        memcpy(y, out, cols * sizeof *y);
+    }
 }
 
 /* Prefetching weights into the second-level cache, some tiles ahead of tile i of n_chunks, which is w: from `next` on after the last.
