@@ -89,16 +89,6 @@ INLINE __m256 finish(__m256 acc) {
     return _mm256_mul_ps(acc, _mm256_set1_ps(LAST_FACTOR));
 }
 
-INLINE void store(float *y, __m256 x, size_t cols) {
-    if (cols >= 8) {
-        _mm256_storeu_ps(y, x);
-    } else {
-        float out[8];
-        _mm256_storeu_ps(out, x);
-        memcpy(y, out, cols * sizeof *y);
-    }
-}
-
 /* y[m][0..16) = rows m < n_rows, all of K, against one tile: both halves of its columns in one go for few rows, in turn for many. */
 INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
     const int together = n_rows <= MAX_ROWS / 2 ? 2 : 1;
@@ -110,7 +100,7 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
         for (size_t i = 0; i < n_chunks; i++) {
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) {
-                if (half == 0) moe4_tile16_prefetch(w + i, i, n_chunks, next, b, n_rows);
+                if (half == 0) moe4_tile16_prefetch(w + i, i, n_chunks, next, b, true);
                 block(acc[0], rows, i, w + i, b, together == 2 ? 0 : half, n_rows);
                 if (together == 2) block(acc[1], rows, i, w + i, b, 1, n_rows);
             }
@@ -120,7 +110,7 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
 #pragma GCC unroll 8
             for (int m = 0; m < n_rows; m++)
                 if (n_cols > (size_t)(8 * (half + h)))
-                    store(y + m * y_ld + 8 * (half + h), finish(acc[h][m]), n_cols - (size_t)(8 * (half + h)));
+                    moe4_store8(y + m * y_ld + 8 * (half + h), finish(acc[h][m]), n_cols - (size_t)(8 * (half + h)));
     }
 }
 
@@ -212,7 +202,7 @@ INLINE void panel_pass(float *y, size_t y_ld, const struct spread (*rows)[MAX_RO
         }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < n_rows; m++) store(y + (size_t)m * y_ld, last ? finish(acc[m]) : acc[m], cols);
+    for (int m = 0; m < n_rows; m++) moe4_store8(y + (size_t)m * y_ld, last ? finish(acc[m]) : acc[m], cols);
 }
 
 #define PANEL_PASS(n)                                                                                                                      \

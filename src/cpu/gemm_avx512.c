@@ -121,7 +121,7 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
             struct block ahead;
-            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows);
+            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows > 1);
             if (!early) {
                 d = decode(w, b, scales, n_rows);
             } else if (b < 3) {

@@ -53,7 +53,7 @@ INLINE void tile_pass(MOE4_TILE16_PARAMETERS, const int n_rows) {
         const __m512i scales = moe4_once(_mm512_load_si512(w->scale));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
-            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows);
+            moe4_tile16_prefetch(w, i, n_chunks, next, b, n_rows > 1);
             __m512 v[2][8];
             decode8(v[0], moe4_once(_mm512_load_si512(w->code[b][0])), table);
             decode8(v[1], moe4_once(_mm512_load_si512(w->code[b][1])), table);

@@ -13,6 +13,7 @@ void moe4_kernels_init(struct moe4_kernels *k, uint32_t mask) {
         moe4_kernels_glu_avx2(k);
         moe4_kernels_gemm_avx2(k);
         moe4_kernels_gemm_avx2_w4a4(k);
+        moe4_kernels_gemm_avx2_w4a16(k);
     }
     if (mask & MOE4_ISA_AVX512VNNI) {
         k->isa = "avx512vnni";

@@ -122,6 +122,7 @@ void moe4_kernels_codec_avx2(struct moe4_kernels *k);
 void moe4_kernels_glu_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2(struct moe4_kernels *k);
 void moe4_kernels_gemm_avx2_w4a4(struct moe4_kernels *k);
+void moe4_kernels_gemm_avx2_w4a16(struct moe4_kernels *k);
 void moe4_kernels_codec_avx512(struct moe4_kernels *k);
 uint64_t moe4_quantize_row_avx2(uint8_t *codes, uint8_t *scales, const float *x, size_t n, const struct moe4_quantizer *q);
 void moe4_kernels_glu_avx512(struct moe4_kernels *k);

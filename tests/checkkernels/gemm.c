@@ -7,7 +7,14 @@
 
 #include "checkkernels.h"
 
-enum { MOST_K = 1552, FEW_N = 40, MOST_N = 300 /* past the widest panel */, MOST_ROWS = 30, N_CASES = 62 };
+enum {
+    MOST_K = 1552,
+    FEW_N = 40,
+    MOST_N = 300 /* past the widest panel */,
+    FEW_ROWS = 30,
+    MOST_ROWS = 99 /* past what a kernel takes at once */,
+    N_CASES = 63
+};
 
 /* One product: operands as the kernels read them, and as fp64. */
 struct product {
@@ -146,11 +153,13 @@ static void check_family(struct check *c, const struct moe4_gemm *gemm, moe4_dty
     for (int i = 0; i < N_CASES; i++) {
         enum side side = i % 2 ? AT_START : AT_END;
         bool integers = i % 3 == 0;
-        struct product p = {.gemm = gemm, .act = act, .a = a, .b = b, .counted = true, .kept = true, .n_rows = 1 + (size_t)i % MOST_ROWS};
+        struct product p = {.gemm = gemm, .act = act, .a = a, .b = b, .counted = true, .kept = true, .n_rows = 1 + (size_t)i % FEW_ROWS};
         p.k = ks[random_below(&c->random, sizeof ks / sizeof *ks)];
         if (dtype != MOE4_NVFP4) p.k -= random_below(&c->random, 16); /* any k at all */
-        p.n = i < FEW_N ? 1 + (size_t)i : i < 60 ? 1 + random_below(&c->random, FEW_N) : 257 + random_below(&c->random, MOST_N - 256);
-        if (i >= 60) p.n_rows = MOST_ROWS - (size_t)i % 3;
+        p.n = i < FEW_N           ? 1 + (size_t)i
+              : i < 60 || i == 62 ? 1 + random_below(&c->random, FEW_N)
+                                  : 257 + random_below(&c->random, MOST_N - 256);
+        if (i >= 60) p.n_rows = i == 62 ? MOST_ROWS : FEW_ROWS - (size_t)i % 3;
         make_weight(c, &p, dtype, side, integers);
         for (size_t m = 0; m < p.n_rows; m++) make_row(c, &p, m, side, integers);
         size_t y_ld = p.n + random_below(&c->random, 3);

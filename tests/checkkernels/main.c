@@ -8,7 +8,7 @@
 
 /* ---- guard pages ---- */
 
-enum { MAX_BUFFERS = 160, PATTERN = 0xa5 };
+enum { MAX_BUFFERS = 320, PATTERN = 0xa5 };
 
 static struct buffer {
     uint8_t *map, *data;
