@@ -1,5 +1,5 @@
-/* The work items of the prefill kernel, and the warps that feed its consumers: one draws tickets, one copies weights and activations into a
- * ring of stages, two look up what the end of an item needs. */
+/* The work items of the prefill kernel, and the warps that feed its consumers: one draws tickets, one copies activations into a ring
+ * of stages, two copy weights and look up what the end of an item needs. */
 #ifndef MOE4_CUDA_PREFILL_ITEMS_CUH
 #define MOE4_CUDA_PREFILL_ITEMS_CUH
 
@@ -8,6 +8,7 @@
 
 #define PREFILL_ITEMS 3 /* looked up ahead of the one that is consumed */
 #define PREFILL_LOADERS 128
+#define WEIGHT_WARPS 2  /* of the loaders */
 #define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
 /* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, and the columns that
@@ -105,11 +106,10 @@ template <class S> struct stage_ring {
     }
 };
 
-/* One thread: weights and activations. */
-template <class S> static __device__ __forceinline__ void load_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
+/* One thread: activations. */
+template <class S> static __device__ __forceinline__ void load_rows(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
     stage_ring<S> stage = {stages, 0, S::n_stages};
     prefill_ring at = {0, 0};
-    uint64_t once = policy_evict_first();
     mbarrier_arrive(smem_address(&s->wanted));
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
@@ -120,36 +120,54 @@ template <class S> static __device__ __forceinline__ void load_items(const moe4_
         if (down) fence_proxy_async(); /* h came by ordinary stores */
         uint32_t unit_bytes = (uint32_t)item.nt * 128;
         const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.units);
-        const uint8_t *weights = (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes
-                                       : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
-                                 (size_t)item.row_tile * (size_t)item.units * MOE4_UNIT_BYTES;
         for (int u = 0; u < item.units; u++) {
             if (u == max(item.units - PREFILL_AHEAD, 0)) mbarrier_arrive(smem_address(&s->wanted));
             mbarrier_wait(stage.at + S::empty, stage.parity ^ 1);
             mbarrier_arrive_expect(stage.at + S::full, (uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes);
             bulk_load(stage.at, rows, unit_bytes, stage.at + S::full);
             rows += unit_bytes;
-#pragma unroll
-            for (int r = 0; r < S::row_tiles; r++) {
-                if (r >= item.n_tiles) break;
-                bulk_load_streaming(stage.at + (uint32_t)(S::weights + r * MOE4_UNIT_BYTES),
-                                    weights + ((size_t)r * (size_t)item.units + (size_t)u) * MOE4_UNIT_BYTES, MOE4_UNIT_BYTES,
-                                    stage.at + S::full, once);
-            }
             stage.next();
         }
     }
 }
 
-/* Two warps: where the columns of an item go, and their factors. */
-template <class S> static __device__ __forceinline__ void look_up_columns(const moe4_layer_run &run, prefill_shared<S> *s, int t) {
+/* Every WEIGHT_WARPS-th row tile of an item from `first` on. A copy costs its thread some 170 cycles beside wgmma, so one thread for all of
+ * them is too slow. The stage's bytes are expected by the thread that loads activations, before or after they come. */
+template <class S>
+static __device__ __forceinline__ void load_weights(const moe4_layer_run &run, const prefill_item &item, int first, stage_ring<S> *stage,
+                                                    uint64_t policy) {
+    bool down = item.phase == MOE4_PHASE_DOWN;
+    const uint8_t *weights =
+        (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
+        (size_t)(item.row_tile + first) * (size_t)item.units * MOE4_UNIT_BYTES;
+    size_t tile_bytes = (size_t)item.units * MOE4_UNIT_BYTES;
+    for (int u = 0; u < item.units; u++) {
+        mbarrier_wait(stage->at + S::empty, stage->parity ^ 1);
+#pragma unroll
+        for (int r = 0; r < S::row_tiles; r += WEIGHT_WARPS) {
+            if (r + first >= item.n_tiles) break;
+            bulk_load_streaming(stage->at + (uint32_t)(S::weights + (r + first) * MOE4_UNIT_BYTES), weights + (size_t)r * tile_bytes,
+                                MOE4_UNIT_BYTES, stage->at + S::full, policy);
+        }
+        weights += MOE4_UNIT_BYTES;
+        stage->next();
+    }
+}
+
+/* Two warps: a thread of each loads weights; then all look up where the item's columns go, and their factors. */
+template <class S>
+static __device__ __forceinline__ void load_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages, int t) {
+    stage_ring<S> stage = {stages, 0, S::n_stages};
     prefill_ring at = {0, 0};
+    uint64_t once = policy_evict_first();
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        const prefill_item &item = s->item[at.i];
+        prefill_item item = s->item[at.i];
         if (!item.phase) return;
+        if (t % 32 == 0) load_weights<S>(run, item, t / 32, &stage, once);
+        __syncwarp();
         bool down = item.phase == MOE4_PHASE_DOWN;
-        for (int c = t; c < item.tile.n; c += PREFILL_LOADERS - 64) {
+        for (int c = t; c < item.tile.n; c += 32 * WEIGHT_WARPS) {
             int r = item.tile.first + c, slot = run.slots[r];
             const float *factor = down ? run.h_factor : run.x_factor; /* in w4a16 too, where rows come in NVFP4 */
             column *to = &s->columns[at.i][c];

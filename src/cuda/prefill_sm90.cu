@@ -2,12 +2,12 @@
  *
  *   Weights are wgmma's A, decoded from packed NVFP4 into registers while the wgmma before run; activations are B, up to 256 slots of an
  *   expert in shared memory. Tickets 0 .. G-1 are gate/up items (128 to 384 rows x the slots of a tile), the next are down items, which
- * wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
+ *   wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
  *
  *   2 or 3 warpgroups  consume, a row tile of 64 each; two where a tile has few columns
  *   a warp             draws tickets
- *   a warp             fills a ring of stages with packed weights and activations by bulk copies
- *   two warps          look up what the end of an item needs: rows, slots, factors
+ *   a warp             fills a ring of stages with activations by bulk copies
+ *   two warps          fill the same stages with packed weights, and look up what the end of an item needs: rows, slots, factors
  *
  * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prepare.cu and round_rows.cu put x so, gate/up h. */
 #include "launch.cuh"
@@ -88,7 +88,7 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
         for (int i = 0; i < PREFILL_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
             mbarrier_init(smem_address(&s.item_empty[i]), S::groups * 4);
-            mbarrier_init(smem_address(&s.columns_full[i]), PREFILL_LOADERS - 64);
+            mbarrier_init(smem_address(&s.columns_full[i]), 32 * WEIGHT_WARPS);
         }
         mbarrier_init(smem_address(&s.wanted), 1);
         mbarrier_init(smem_address(&s.nowhere), S::groups * 4);
@@ -101,11 +101,11 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
         registers_shrink<S::loader_registers>();
         int t = (int)threadIdx.x - S::groups * 128;
         if (t >= 64)
-            look_up_columns<S>(run, &s, t - 64);
+            load_items<S>(run, &s, stages, t - 64);
         else if (t == 32)
             draw_items<S>(run, phases, &s);
         else if (t == 0)
-            load_items<S>(run, &s, stages);
+            load_rows<S>(run, &s, stages);
     } else {
         registers_grow<S::consumer_registers>();
         consume_items<S>(run, &s, stages);
