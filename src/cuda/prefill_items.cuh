@@ -11,12 +11,14 @@
 #define WEIGHT_WARPS 2  /* of the loaders */
 #define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
-/* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, and the columns that
- * its products have at least. A stage is 64 k: the activations of the columns, the weights of the row tiles, two barriers. */
-template <int GROUPS, int TILES, int COLUMNS, int FEWEST> struct prefill_shape {
-    static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, fewest = FEWEST, threads = GROUPS * 128 + PREFILL_LOADERS;
-    static constexpr int row_tiles = GROUPS * TILES;                                                              /* of an item */
-    static constexpr int weights = COLUMNS * 128, full = weights + row_tiles * MOE4_UNIT_BYTES, empty = full + 8; /* within a stage */
+/* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, the columns that its
+ * products have at least, and the units of k in a stage. A stage is the activations of the columns, the weights of the row tiles, two
+ * barriers; a row tile's units are one copy. */
+template <int GROUPS, int TILES, int COLUMNS, int FEWEST, int UNITS> struct prefill_shape {
+    static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, fewest = FEWEST, units = UNITS;
+    static constexpr int threads = GROUPS * 128 + PREFILL_LOADERS;
+    static constexpr int row_tiles = GROUPS * TILES, tile_bytes = UNITS * MOE4_UNIT_BYTES; /* of an item; of a row tile in a stage */
+    static constexpr int weights = UNITS * COLUMNS * 128, full = weights + row_tiles * tile_bytes, empty = full + 8; /* within a stage */
     static constexpr int stage_bytes = (empty + 8 + 1023) & ~1023;                     /* wgmma's swizzle asks for multiples of 1024 */
     static constexpr int left = 227 * 1024 - 1024 - PREFILL_ITEMS * COLUMNS * 8 - 512; /* beside what prefill_shared takes */
     static constexpr int n_fit = left / stage_bytes, n_stages = n_fit < 12 ? n_fit : 12;
@@ -120,12 +122,17 @@ template <class S> static __device__ __forceinline__ void load_rows(const moe4_l
         if (down) fence_proxy_async(); /* h came by ordinary stores */
         uint32_t unit_bytes = (uint32_t)item.nt * 128;
         const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.units);
-        for (int u = 0; u < item.units; u++) {
-            if (u == max(item.units - PREFILL_AHEAD, 0)) mbarrier_arrive(smem_address(&s->wanted));
+        bool wants = true;
+        for (int u = 0; u < item.units; u += S::units) {
+            if (wants && u + PREFILL_AHEAD >= item.units) {
+                mbarrier_arrive(smem_address(&s->wanted));
+                wants = false;
+            }
+            uint32_t units = (uint32_t)min(S::units, item.units - u);
             mbarrier_wait(stage.at + S::empty, stage.parity ^ 1);
-            mbarrier_arrive_expect(stage.at + S::full, (uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes);
-            bulk_load(stage.at, rows, unit_bytes, stage.at + S::full);
-            rows += unit_bytes;
+            mbarrier_arrive_expect(stage.at + S::full, units * ((uint32_t)item.n_tiles * MOE4_UNIT_BYTES + unit_bytes));
+            bulk_load(stage.at, rows, units * unit_bytes, stage.at + S::full);
+            rows += units * unit_bytes;
             stage.next();
         }
     }
@@ -140,16 +147,17 @@ static __device__ __forceinline__ void load_weights(const moe4_layer_run &run, c
     const uint8_t *weights =
         (down ? run.w.down + (size_t)item.tile.expert * run.w.down_bytes : run.w.gate_up + (size_t)item.tile.expert * run.w.gate_up_bytes) +
         (size_t)(item.row_tile + first) * (size_t)item.units * MOE4_UNIT_BYTES;
-    size_t tile_bytes = (size_t)item.units * MOE4_UNIT_BYTES;
-    for (int u = 0; u < item.units; u++) {
+    size_t row_tile_bytes = (size_t)item.units * MOE4_UNIT_BYTES;
+    for (int u = 0; u < item.units; u += S::units) {
+        uint32_t bytes = (uint32_t)min(S::units, item.units - u) * MOE4_UNIT_BYTES;
         mbarrier_wait(stage->at + S::empty, stage->parity ^ 1);
 #pragma unroll
         for (int r = 0; r < S::row_tiles; r += WEIGHT_WARPS) {
             if (r + first >= item.n_tiles) break;
-            bulk_load_streaming(stage->at + (uint32_t)(S::weights + (r + first) * MOE4_UNIT_BYTES), weights + (size_t)r * tile_bytes,
-                                MOE4_UNIT_BYTES, stage->at + S::full, policy);
+            bulk_load_streaming(stage->at + (uint32_t)(S::weights + (r + first) * S::tile_bytes), weights + (size_t)r * row_tile_bytes,
+                                bytes, stage->at + S::full, policy);
         }
-        weights += MOE4_UNIT_BYTES;
+        weights += bytes;
         stage->next();
     }
 }

@@ -19,10 +19,11 @@ static __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
     return v;
 }
 
-/* The weights of a row tile: four A fragments, one for each 16 k. */
-template <class S> static __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const consumer<S> &self, int tile) {
-    uint4 words = load_shared_16(self.stage.at + self.codes + (uint32_t)(tile * MOE4_UNIT_BYTES));
-    uint32_t scales = load_shared_2(self.stage.at + self.scales + (uint32_t)(tile * MOE4_UNIT_BYTES));
+/* Unit u of a row tile's weights in a stage: four A fragments, one for each 16 k. */
+template <class S> static __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const consumer<S> &self, int tile, int u) {
+    uint32_t at = self.stage.at + (uint32_t)(tile * S::tile_bytes + u * MOE4_UNIT_BYTES);
+    uint4 words = load_shared_16(at + self.codes);
+    uint32_t scales = load_shared_2(at + self.scales);
     uint32_t scale_g = scale_multiplier<0>(scales), scale_g8 = scale_multiplier<1>(scales);
     decode_word(a, words.x, scale_g, scale_g8);
     decode_word(a + 4, words.y, scale_g, scale_g8);
@@ -53,36 +54,55 @@ static __device__ __forceinline__ void add_between(float (&acc)[M], const uint32
     }
 }
 
-/* Stage after stage, row tile after row tile. A group of products runs while the next fragments are decoded; once it has ended, its
- * fragments' registers are free, and after a stage's last group the stage is. */
+/* Stage after stage, unit after unit, row tile after row tile; a unit has unit_bytes of activations. A group of products runs while the
+ * next fragments are decoded, into a and b in turn; once it has ended, its fragments' registers are free, and after a stage's last one the
+ * stage. */
 template <class S>
-static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int width, int units) {
+static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int width, int units,
+                                               uint32_t unit_bytes) {
+    static_assert(S::tiles == 2 || S::units <= 2, "a and b in turn");
     uint32_t a[16], b[16], before = self->nowhere;
 #pragma unroll
     for (int t = 0; t < S::tiles; t++)
 #pragma unroll
         for (int i = 0; i < S::columns / 2; i++) acc[t][i] = 0.f;
+    auto multiply = [&](float(&sums)[S::columns / 2], uint32_t(&fragments)[16], int tile, int u) {
+        decode_unit(fragments, *self, tile, u);
+        wgmma_fence();
+        add_between<S::fewest / 8, S::columns / 8>(sums, fragments, self->stage.at + (uint32_t)u * unit_bytes, width);
+        wgmma_wait<1>();
+    };
+    auto release = [&] {
+        if (self->tells) mbarrier_arrive(before);
+        before = self->stage.at + S::empty;
+    };
 #pragma unroll 1
     for (;;) {
         mbarrier_wait(self->stage.at + S::full, self->stage.parity);
-        decode_unit(a, *self, 0);
-        wgmma_fence();
-        add_between<S::fewest / 8, S::columns / 8>(acc[0], a, self->stage.at, width);
-        wgmma_wait<1>();
-        if (self->tells) mbarrier_arrive(before);
-        before = self->stage.at + S::empty;
-        if constexpr (S::tiles == 1) {
+        multiply(acc[0], a, 0, 0);
+        release();
+        if constexpr (S::tiles == 1 && S::units == 1) {
             self->stage.next();
             if (--units == 0) break;
             mbarrier_wait(self->stage.at + S::full, self->stage.parity);
-        }
-        decode_unit(b, *self, S::tiles - 1);
-        wgmma_fence();
-        add_between<S::fewest / 8, S::columns / 8>(acc[S::tiles - 1], b, self->stage.at, width);
-        wgmma_wait<1>();
-        if constexpr (S::tiles == 1) {
-            if (self->tells) mbarrier_arrive(before);
-            before = self->stage.at + S::empty;
+            multiply(acc[0], b, 0, 0);
+            release();
+        } else if constexpr (S::tiles == 1) {
+            if (--units == 0) {
+                self->stage.next();
+                break;
+            }
+            multiply(acc[0], b, 0, 1);
+        } else {
+            multiply(acc[1], b, 1, 0);
+            if constexpr (S::units == 2) {
+                if (--units == 0) {
+                    self->stage.next();
+                    break;
+                }
+                multiply(acc[0], a, 0, 1);
+                multiply(acc[1], b, 1, 1);
+            }
         }
         self->stage.next();
         if (--units == 0) break;

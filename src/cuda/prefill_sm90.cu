@@ -29,7 +29,7 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, p
     const prefill_item &item = s->item[at.i];
     const column *columns = s->columns[at.i];
     float acc[S::tiles][S::columns / 2];
-    product<S>(acc, self, S::width(item.tile.n), item.units);
+    product<S>(acc, self, S::width(item.tile.n), item.units, (uint32_t)item.nt * 128);
     mbarrier_wait(smem_address(&s->columns_full[at.i]), at.parity);
     int thread = thread_again(), group = thread / 128;
 #pragma unroll
@@ -56,7 +56,7 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, p
 
 template <class S> static __device__ __forceinline__ void consume_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
     int group = (int)threadIdx.x / 128, lane = threadIdx.x & 31, warp = (int)(threadIdx.x >> 5) & 3;
-    uint32_t first = (uint32_t)(S::weights + group * S::tiles * MOE4_UNIT_BYTES);
+    uint32_t first = (uint32_t)(S::weights + group * S::tiles * S::tile_bytes);
     consumer<S> self = {{stages, 0, S::n_stages},
                         first + (uint32_t)(512 * warp + 16 * lane),
                         first + (uint32_t)(MOE4_UNIT_CODE_BYTES + 8 * lane + 2 * warp),
@@ -125,10 +125,10 @@ cudaError_t moe4_cuda_prefill_sm90(const moe4_layer_run *run, int phases, int n_
         if (error != cudaSuccess) return error;
     }
     switch (run->prefill_columns) { /* up to 80 columns all products have the kernel's width: a narrower wgmma is hardly faster there */
-    case 48: return launch<prefill_shape<3, 2, 48, 48>>(run, phases, n_sms, stream);
-    case 64: return launch<prefill_shape<3, 2, 64, 64>>(run, phases, n_sms, stream);
-    case 80: return launch<prefill_shape<3, 2, 80, 80>>(run, phases, n_sms, stream);
-    case 160: return launch<prefill_shape<3, 1, 160, 96>>(run, phases, n_sms, stream);
-    default: return launch<prefill_shape<2, 1, 256, 128>>(run, phases, n_sms, stream);
+    case 48: return launch<prefill_shape<3, 2, 48, 48, 2>>(run, phases, n_sms, stream);
+    case 64: return launch<prefill_shape<3, 2, 64, 64, 2>>(run, phases, n_sms, stream);
+    case 80: return launch<prefill_shape<3, 2, 80, 80, 2>>(run, phases, n_sms, stream);
+    case 160: return launch<prefill_shape<3, 1, 160, 96, 2>>(run, phases, n_sms, stream);
+    default: return launch<prefill_shape<2, 1, 256, 128, 1>>(run, phases, n_sms, stream);
     }
 }
