@@ -60,7 +60,7 @@ static __device__ __forceinline__ void add_between(float (&acc)[M], const uint32
 template <class S>
 static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int width, int units,
                                                uint32_t unit_bytes) {
-    static_assert(S::tiles == 2 || S::units <= 2, "a and b in turn");
+    static_assert(S::units == 2 || (S::tiles == 1 && S::units == 1), "a and b in turn");
     uint32_t a[16], b[16], before = self->nowhere;
 #pragma unroll
     for (int t = 0; t < S::tiles; t++)
@@ -95,14 +95,12 @@ static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns
             multiply(acc[0], b, 0, 1);
         } else {
             multiply(acc[1], b, 1, 0);
-            if constexpr (S::units == 2) {
-                if (--units == 0) {
-                    self->stage.next();
-                    break;
-                }
-                multiply(acc[0], a, 0, 1);
-                multiply(acc[1], b, 1, 1);
+            if (--units == 0) {
+                self->stage.next();
+                break;
             }
+            multiply(acc[0], a, 0, 1);
+            multiply(acc[1], b, 1, 1);
         }
         self->stage.next();
         if (--units == 0) break;

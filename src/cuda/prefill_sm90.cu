@@ -100,8 +100,8 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
     if (threadIdx.x >= S::groups * 128) {
         registers_shrink<S::loader_registers>();
         int t = (int)threadIdx.x - S::groups * 128;
-        if (t >= 64)
-            load_items<S>(run, &s, stages, t - 64);
+        if (t >= PREFILL_LOADERS - 32 * WEIGHT_WARPS)
+            load_items<S>(run, &s, stages, t - (PREFILL_LOADERS - 32 * WEIGHT_WARPS));
         else if (t == 32)
             draw_items<S>(run, phases, &s);
         else if (t == 0)

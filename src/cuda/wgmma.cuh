@@ -64,8 +64,6 @@ template <int N> struct wgmma;
 #define WGMMA(N, LAST, A0, A1, A2, A3, B, P) WGMMA_OF(N, D##LAST, R##LAST, A0, A1, A2, A3, B, P)
 #define WGMMA_8(N, LAST, I, T0, T1, T2, T3, A0, A1, A2, A3, B, P) \
     WGMMA_OF(N, D##LAST ",%" #T0 ",%" #T1 ",%" #T2 ",%" #T3, R##LAST COMMA H(I), A0, A1, A2, A3, B, P)
-WGMMA(16, 0, 8, 9, 10, 11, 12, 13);
-WGMMA(32, 1, 16, 17, 18, 19, 20, 21);
 WGMMA(48, 2, 24, 25, 26, 27, 28, 29);
 WGMMA(64, 3, 32, 33, 34, 35, 36, 37);
 WGMMA(80, 4, 40, 41, 42, 43, 44, 45);
