@@ -240,30 +240,29 @@ int main(int argc, char **argv) {
                 }
             }
         }
-        for (int T : {128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
-            int slots = T * s.k / s.n, columns = slots <= 35 ? 48 : slots <= 52 ? 64 : slots <= 68 ? 80 : slots <= 150 ? 160 : 256;
-            int from = slots < 20 ? 65 : slots <= 150 ? 17 : 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
-            go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
-            go(T, MOE4_ACT_TOKEN, {"mixed", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
+        for (int T : {64, 128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
+            int slots = T * s.k / s.n, columns = slots <= 68 ? 80 : slots <= 165 ? 192 : slots <= 235 ? 256 : 192;
+            if (slots < 11) continue;
+            int from = 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
+            go(T, MOE4_ACT_W4A16, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
+            go(T, MOE4_ACT_TOKEN, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
             if (T == 256 || T == 1024) {
-                go(T, MOE4_ACT_W4A16, {"mixed, hot", false, true, 24, 7, 17, columns, HOT});
-                go(T, MOE4_ACT_W4A16, {"mixed, half", false, true, 24, 7, 17, columns, HALF});
-                go(T, MOE4_ACT_W4A16, {"mixed, zipf", false, true, 24, 7, 17, columns, ZIPF});
+                go(T, MOE4_ACT_W4A16, {"layer, hot", false, true, 24, 7, from, columns, HOT});
+                go(T, MOE4_ACT_W4A16, {"layer, half", false, true, 24, 7, from, columns, HALF});
+                go(T, MOE4_ACT_W4A16, {"layer, zipf", false, true, 24, 7, from, columns, ZIPF});
             }
-            if (w1 ? T >= 1024 : T == 4096)
-                go(T, MOE4_ACT_W4A16, {"mixed", false, true, 24, 7, from, columns, UNIFORM, true, windows, slices});
+            if (T >= 256) go(T, MOE4_ACT_W4A16, {"layer", false, true, 24, 7, from, columns, UNIFORM, true, windows, slices});
             if (T <= 1024) go(T, MOE4_ACT_W4A16, {"24", false, true, 24, 7});
             static const struct {
                 int columns;
                 const char *name;
-            } widths[] = {{48, "prefill 48"}, {64, "prefill 64"}, {80, "prefill 80"}, {160, "prefill 160"}, {256, "prefill 256"}};
+            } widths[] = {{80, "prefill 80"}, {192, "prefill 192"}, {256, "prefill 256"}};
             for (auto &width : widths)
                 if (slots < 4 * width.columns) go(T, MOE4_ACT_W4A16, {width.name, false, true, 24, 7, 1, width.columns});
             go(T, MOE4_ACT_W4A16, {"prepare", false, true, 24, 1, 1, 256});
             if (T >= 512) {
-                int wide = columns == 160 ? 160 : 256;
-                go(T, MOE4_ACT_W4A16, {"prepare+gate/up", false, true, 24, 9, 1, wide});
-                go(T, MOE4_ACT_W4A16, {"down", false, true, 24, 16, 1, wide});
+                go(T, MOE4_ACT_W4A16, {"prepare+gate/up", false, true, 24, 9, 1, columns});
+                go(T, MOE4_ACT_W4A16, {"down", false, true, 24, 16, 1, columns});
             }
             go(T, MOE4_ACT_W4A16, {"combine", false, true, 24, 4, 1, 256});
         }

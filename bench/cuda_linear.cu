@@ -96,7 +96,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         r.top_k = 1;
         r.tile_columns = 24;
         r.prefill_from = 1;
-        r.prefill_columns = 256;
+        r.prefill_columns = 80; /* memory for the most tiles */
         r.x_dtype = MOE4_BF16;
         r.x_in_ld = (size_t)l.cols;
         moe4_layer_run in = rounds_of(r); /* x is as wide as h */
@@ -104,6 +104,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         moe4_packed_experts w = r.w;
         r = in;
         r.w = w;
+        r.prefill_columns = in.prefill_columns = 256;
         r.h_tiles = in.x_tiles;
         r.h_factor = in.x_factor;
         r.result.y = y;
@@ -130,7 +131,14 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         row(name, time(both), error);
         if (act == MOE4_ACT_W4A16) {
             row("w4a16, x rounded into tiles", time(round), 0);
-            row("w4a16, product", time(product), 0);
+            for (int columns : {80, 192, 256}) {
+                char what[64];
+                snprintf(what, sizeof what, "w4a16, product, %d columns", columns);
+                r.prefill_columns = in.prefill_columns = columns;
+                both(0);
+                row(what, time(product), 0);
+            }
+            r.prefill_columns = in.prefill_columns = 256;
         }
         free_run(&in);
     }

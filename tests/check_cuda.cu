@@ -384,20 +384,20 @@ static int edge_expert(int token) {
  * tokens alone (in mode tensor it has other scales; elsewhere every expert's sums keep their order where all take one kernel). */
 static void prefill_checks(const shape_case &c, moe4_layer_run r, const host_layer &l, const std::vector<float> &x,
                            const std::vector<int> &local, const std::vector<float> &weights, const float *d_weights) {
-    for (int i = 0; i < 10; i++) {
-        static const int widths[] = {48, 64, 80, 160, 256};
+    for (int i = 0; i < 6; i++) {
+        static const int widths[] = {80, 192, 256};
         int columns = widths[i / 2], from = i % 2 ? 20 : 1;
         if (least && (i % 2 == 0) != (columns == 256)) continue; /* all by prefill, or mixed */
         r.prefill_from = from;
         r.prefill_columns = columns;
-        r.x_is_kept = columns == 160;
+        r.x_is_kept = columns == 192;
         outputs a = forward(r, true, d_weights), b = forward(r, true, d_weights);
         compare(c, r, l, a, x, local, weights);
         check(same(a.y, b.y), c.name, "y of prefill, repeated", from, 0);
         if (from == 1 && !r.x_is_kept) { /* the same by parts */
             moe4_layer_run parts = r;
             size_t slots = (size_t)c.T * c.k;
-            parts.n_windows = slots < 64 ? 1 : columns == 64 ? 3 : 2;
+            parts.n_windows = slots < 64 ? 1 : columns == 80 ? 3 : 2;
             parts.window_slots = (int)((slots / parts.n_windows + 16) & ~(size_t)15);
             parts.n_slices = columns == 64 ? 1 : 3;
             outputs p = forward(parts, true, d_weights);

@@ -24,7 +24,7 @@ static __global__ void __launch_bounds__(THREADS)
         float weight = c.weights ? c.weights[slot] : 1.f;
         size_t at = (size_t)(slot / run.top_k) * c.y_ld + (size_t)(slot % run.top_k) * (size_t)run.w.hidden;
         for (int j = first + threadIdx.x; j < last; j += THREADS)
-            store_y(c.y, c.y_dtype, at + (size_t)j, weighted_result(o[j], bias ? bias + j : NULL, weight));
+            store_y(c.y, c.y_dtype, at + (size_t)j, weighted_result(o[j], bias, bias ? bias[j] : 0.f, weight));
     }
 }
 

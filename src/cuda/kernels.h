@@ -91,7 +91,7 @@ struct moe4_layer_run {
     int n_tokens, top_k;
     int tile_columns;    /* 8, 16, 24 or 32 */
     int prefill_from;    /* slots from which an expert's products are the prefill kernel's; 0: never */
-    int prefill_columns; /* 48, 64, 80, 160 or 256: of its tiles */
+    int prefill_columns; /* 80, 192 or 256: of its tiles */
 
     const void *owner; /* goes into the state */
     int x_is_ready;    /* another run has rounded x */

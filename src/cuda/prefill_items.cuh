@@ -6,16 +6,17 @@
 #include "prefill.cuh"
 #include "product.cuh"
 
-#define PREFILL_ITEMS 3 /* looked up ahead of the one that is consumed */
+#define PREFILL_ITEMS 2 /* the one that is consumed and the next */
 #define PREFILL_LOADERS 128
 #define WEIGHT_WARPS 2  /* of the loaders */
 #define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
 
-/* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, the columns that its
- * products have at least, and the units of k in a stage. A stage is the activations of the columns, the weights of the row tiles, two
- * barriers; a row tile's units are one copy. */
-template <int GROUPS, int TILES, int COLUMNS, int FEWEST, int UNITS> struct prefill_shape {
-    static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, fewest = FEWEST, units = UNITS;
+#define PREFILL_FEWEST 16 /* columns of a product: fewer take as long */
+
+/* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, and the units of k
+ * in a stage. A stage is the activations of the columns, the weights of the row tiles, two barriers; a row tile's units are one copy. */
+template <int GROUPS, int TILES, int COLUMNS, int UNITS> struct prefill_shape {
+    static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, units = UNITS;
     static constexpr int threads = GROUPS * 128 + PREFILL_LOADERS;
     static constexpr int row_tiles = GROUPS * TILES, tile_bytes = UNITS * MOE4_UNIT_BYTES; /* of an item; of a row tile in a stage */
     static constexpr int weights = UNITS * COLUMNS * 128, full = weights + row_tiles * tile_bytes, empty = full + 8; /* within a stage */
@@ -23,20 +24,21 @@ template <int GROUPS, int TILES, int COLUMNS, int FEWEST, int UNITS> struct pref
     static constexpr int left = 227 * 1024 - 1024 - PREFILL_ITEMS * COLUMNS * 8 - 512; /* beside what prefill_shared takes */
     static constexpr int n_fit = left / stage_bytes, n_stages = n_fit < 12 ? n_fit : 12;
     static constexpr int shared_bytes = 1024 + n_stages * stage_bytes;
-    static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152, loader_registers = 56;
-    /* Of n columns, in eights: few in steps of 16, many in steps of 8. */
-    static __device__ __forceinline__ int width(int n) { return n > 128 ? (n + 7) / 8 : max(prefill_columns(n), FEWEST) / 8; }
+    static constexpr int launch_registers = 512 / (GROUPS + 1) & ~7; /* of a thread, before loaders give some to consumers */
+    static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152;
+    static constexpr int loader_registers = (GROUPS + 1) * launch_registers - GROUPS * consumer_registers;
     static __host__ __device__ constexpr int items(int all_row_tiles) { return (all_row_tiles + row_tiles - 1) / row_tiles; }
 };
 
 struct prefill_item {
     moe4_tile tile;
-    int phase;    /* 0: no more work */
-    int index;    /* of the tile */
-    int row_tile; /* first of the item's */
-    int n_tiles;  /* row tiles */
-    int units;    /* of k */
-    int nt;       /* columns, rounded up */
+    int phase;      /* 0: no more work */
+    int index;      /* of the tile */
+    int row_tile;   /* first of the item's */
+    int n_tiles;    /* row tiles */
+    int units;      /* of k */
+    int nt;         /* columns, rounded up */
+    float alpha[2]; /* of gate and up; of down */
 };
 
 struct column {
@@ -46,9 +48,8 @@ struct column {
 
 template <class S> struct prefill_shared {
     uint64_t item_full[PREFILL_ITEMS], item_empty[PREFILL_ITEMS], columns_full[PREFILL_ITEMS], wanted;
-    uint64_t nowhere; /* takes arrivals that nobody waits for */
     prefill_item item[PREFILL_ITEMS];
-    column columns[PREFILL_ITEMS][S::columns];
+    __align__(16) column columns[PREFILL_ITEMS][S::columns];
 };
 
 template <class S> static __device__ __forceinline__ prefill_item place_item(const moe4_layer_run &run, int phases, int ticket) {
@@ -75,21 +76,50 @@ template <class S> static __device__ __forceinline__ prefill_item place_item(con
     item.units = down ? run.w.intermediate_units : run.w.hidden_units;
     item.n_tiles = min(S::row_tiles, (down ? run.w.down_tiles : run.w.gate_up_tiles) - item.row_tile);
     item.nt = prefill_columns(item.tile.n);
+    item.alpha[0] = (down ? run.w.alpha_down : run.w.alpha_gate)[item.tile.expert];
+    item.alpha[1] = down ? 0.f : run.w.alpha_up[item.tile.expert];
     return item;
 }
 
-/* One thread: draws tickets, one when it is wanted, so that what it looks up and waits for is there when the item before ends. */
+/* The item that the consumers are at, if they have ended it: where it was gate/up, the other blocks learn that its h is there. */
+template <class S> struct item_end {
+    prefill_ring at;
+    int n; /* drawn and not ended */
+    __device__ __forceinline__ bool is_there(prefill_shared<S> *s) const {
+        return n && mbarrier_test(smem_address(&s->item_empty[at.i]), at.parity);
+    }
+    __device__ __forceinline__ void tell(const moe4_layer_run &run, prefill_shared<S> *s) {
+        mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity);
+        if (s->item[at.i].phase == MOE4_PHASE_GATE_UP) {
+            fence_proxy_async(); /* h will be read by bulk copies */
+            add_release(run.prefill_done + s->item[at.i].index, s->item[at.i].n_tiles);
+        }
+        at.next(PREFILL_ITEMS);
+        n--;
+    }
+};
+
+/* One thread: draws tickets, one when it is wanted, so that what it looks up and waits for is there when the item before ends. It also
+ * tells when gate/up is done, so that no warpgroup waits until its stores have arrived; while it waits for others, others may wait for
+ * that. */
 template <class S> static __device__ __forceinline__ void draw_items(const moe4_layer_run &run, int phases, prefill_shared<S> *s) {
     prefill_ring at = {0, 0};
+    item_end<S> end = {{0, 0}, 0};
     for (uint32_t parity = 0;; parity ^= 1) {
         mbarrier_wait(smem_address(&s->wanted), parity);
         prefill_item item = place_item<S>(run, phases, atomicAdd(&run.state->prefill_ticket, 1));
         if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP)
-            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) __nanosleep(32);
-        mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity ^ 1);
+            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) {
+                if (end.is_there(s))
+                    end.tell(run, s);
+                else
+                    __nanosleep(32);
+            }
         s->item[at.i] = item;
         mbarrier_arrive(smem_address(&s->item_full[at.i]));
         at.next(PREFILL_ITEMS);
+        if (item.phase) end.n++;
+        while (end.n > (item.phase ? PREFILL_ITEMS - 1 : 0)) end.tell(run, s);
         if (!item.phase) return;
     }
 }

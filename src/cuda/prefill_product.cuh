@@ -9,8 +9,7 @@
 template <class S> struct consumer {
     stage_ring<S> stage;
     uint32_t codes, scales; /* codes, scales: within a stage, this lane's of the first row tile */
-    uint32_t nowhere;
-    bool tells; /* one lane of a warp */
+    bool tells;             /* one lane of a warp */
 };
 
 static __device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
@@ -37,76 +36,45 @@ template <int N, int M> static __device__ __forceinline__ void add_columns(float
     wgmma_commit(); /* here: behind a branch's end it would be a wgmma of its own, and then the wait one for this unit */
 }
 
-/* A row tile's products, with 8 * width columns: one of LO .. HI, in steps of 2 up to 16. Only these branches know it: with a loop for each
- * width, ptxas would give each its own registers. */
-template <int LO, int HI, int M>
-static __device__ __forceinline__ void add_between(float (&acc)[M], const uint32_t (&a)[16], uint32_t b, int width) {
-    if constexpr (LO == HI) {
-        add_columns<8 * LO>(acc, a, b);
-    } else {
-        constexpr int half = (LO + HI + 1) / 2, middle = half < 16 ? half & ~1 : half, below = middle - (middle > 16 ? 1 : 2);
-        static_assert(LO % 2 == 0 || LO > 16, "steps of 2");
-        constexpr int from = middle > LO ? middle : LO + 2, to = middle > LO ? below : LO;
-        if (width < from)
-            add_between<LO, to>(acc, a, b, width);
-        else
-            add_between<from, HI>(acc, a, b, width);
-    }
+/* The loop for one width: stage after stage, unit after unit, row tile after row tile; a unit has unit_bytes of activations. Where a
+ * warpgroup has two row tiles, one's product runs while the other's fragments are decoded; where it has one, the other warpgroups' do. At a
+ * stage's end all have ended: what is under way at a loop's end ptxas would give registers of its own in every loop. */
+template <class S, int N>
+static __device__ __forceinline__ void multiply(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int units, uint32_t unit_bytes) {
+    uint32_t fragments[S::tiles][16];
+#pragma unroll 1
+    do {
+        mbarrier_wait(self->stage.at + S::full, self->stage.parity);
+#pragma unroll
+        for (int u = 0; u < S::units; u++) {
+            if (u > 0 && units <= u) break;
+#pragma unroll
+            for (int t = 0; t < S::tiles; t++) {
+                decode_unit(fragments[t], *self, t, u);
+                wgmma_fence();
+                add_columns<N>(acc[t], fragments[t], self->stage.at + (uint32_t)u * unit_bytes);
+                wgmma_wait<S::tiles - 1>();
+            }
+        }
+        wgmma_wait<0>();
+        if (self->tells) mbarrier_arrive(self->stage.at + S::empty);
+        self->stage.next();
+    } while ((units -= S::units) > 0);
 }
 
-/* Stage after stage, unit after unit, row tile after row tile; a unit has unit_bytes of activations. A group of products runs while the
- * next fragments are decoded, into a and b in turn; once it has ended, its fragments' registers are free, and after a stage's last one the
- * stage. */
-template <class S>
+/* The loop that has the width, in eights: one of LO .. HI. */
+template <class S, int LO, int HI>
 static __device__ __forceinline__ void product(float (&acc)[S::tiles][S::columns / 2], consumer<S> *self, int width, int units,
                                                uint32_t unit_bytes) {
-    static_assert(S::units == 2 || (S::tiles == 1 && S::units == 1), "a and b in turn");
-    uint32_t a[16], b[16], before = self->nowhere;
-#pragma unroll
-    for (int t = 0; t < S::tiles; t++)
-#pragma unroll
-        for (int i = 0; i < S::columns / 2; i++) acc[t][i] = 0.f;
-    auto multiply = [&](float(&sums)[S::columns / 2], uint32_t(&fragments)[16], int tile, int u) {
-        decode_unit(fragments, *self, tile, u);
-        wgmma_fence();
-        add_between<S::fewest / 8, S::columns / 8>(sums, fragments, self->stage.at + (uint32_t)u * unit_bytes, width);
-        wgmma_wait<1>();
-    };
-    auto release = [&] {
-        if (self->tells) mbarrier_arrive(before);
-        before = self->stage.at + S::empty;
-    };
-#pragma unroll 1
-    for (;;) {
-        mbarrier_wait(self->stage.at + S::full, self->stage.parity);
-        multiply(acc[0], a, 0, 0);
-        release();
-        if constexpr (S::tiles == 1 && S::units == 1) {
-            self->stage.next();
-            if (--units == 0) break;
-            mbarrier_wait(self->stage.at + S::full, self->stage.parity);
-            multiply(acc[0], b, 0, 0);
-            release();
-        } else if constexpr (S::tiles == 1) {
-            if (--units == 0) {
-                self->stage.next();
-                break;
-            }
-            multiply(acc[0], b, 0, 1);
-        } else {
-            multiply(acc[1], b, 1, 0);
-            if (--units == 0) {
-                self->stage.next();
-                break;
-            }
-            multiply(acc[0], a, 0, 1);
-            multiply(acc[1], b, 1, 1);
-        }
-        self->stage.next();
-        if (--units == 0) break;
+    if constexpr (LO == HI) {
+        multiply<S, 8 * LO>(acc, self, units, unit_bytes);
+    } else {
+        constexpr int middle = (LO + HI + 1) / 2;
+        if (width < middle)
+            product<S, LO, middle - 1>(acc, self, width, units, unit_bytes);
+        else
+            product<S, middle, HI>(acc, self, width, units, unit_bytes);
     }
-    wgmma_wait<0>();
-    if (self->tells) mbarrier_arrive(before);
 }
 
 #endif

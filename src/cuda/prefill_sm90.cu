@@ -14,8 +14,6 @@
 #include "prefill_product.cuh"
 #include "prefill_store.cuh"
 
-#define GROUP_BARRIER 1 /* and the next: of each consuming warpgroup */
-
 /* threadIdx.x, opaque: what depends on it cannot be computed ahead, in registers that the products need. */
 static __device__ __forceinline__ int thread_again(void) {
     int t;
@@ -29,7 +27,12 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, p
     const prefill_item &item = s->item[at.i];
     const column *columns = s->columns[at.i];
     float acc[S::tiles][S::columns / 2];
-    product<S>(acc, self, S::width(item.tile.n), item.units, (uint32_t)item.nt * 128);
+#pragma unroll
+    for (int t = 0; t < S::tiles; t++)
+#pragma unroll
+        for (int i = 0; i < S::columns / 2; i++) acc[t][i] = 0.f;
+    product<S, PREFILL_FEWEST / 8, S::columns / 8>(acc, self, max(item.tile.n + 7, PREFILL_FEWEST) / 8, item.units,
+                                                   (uint32_t)item.nt * 128);
     mbarrier_wait(smem_address(&s->columns_full[at.i]), at.parity);
     int thread = thread_again(), group = thread / 128;
 #pragma unroll
@@ -44,14 +47,6 @@ static __device__ __forceinline__ void consume_item(const moe4_layer_run &run, p
         else
             store_outputs<S::columns>(run, acc[t], item, columns, place);
     }
-    if (item.phase == MOE4_PHASE_DOWN) return;
-    int tiles = min(S::tiles, item.n_tiles - group * S::tiles);
-    if (tiles <= 0) return;
-    barrier_sync(GROUP_BARRIER + group, 128);
-    if (thread % 128 == 0) {
-        fence_proxy_async(); /* h will be read by bulk copies */
-        add_release(run.prefill_done + item.index, tiles);
-    }
 }
 
 template <class S> static __device__ __forceinline__ void consume_items(const moe4_layer_run &run, prefill_shared<S> *s, uint32_t stages) {
@@ -60,7 +55,6 @@ template <class S> static __device__ __forceinline__ void consume_items(const mo
     consumer<S> self = {{stages, 0, S::n_stages},
                         first + (uint32_t)(512 * warp + 16 * lane),
                         first + (uint32_t)(MOE4_UNIT_CODE_BYTES + 8 * lane + 2 * warp),
-                        smem_address(&s->nowhere),
                         lane == 0};
     asm volatile("" : "+r"(self.codes), "+r"(self.scales)); /* or they are worked out again for every stage */
     prefill_ring at = {0, 0};
@@ -91,7 +85,6 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
             mbarrier_init(smem_address(&s.columns_full[i]), 32 * WEIGHT_WARPS);
         }
         mbarrier_init(smem_address(&s.wanted), 1);
-        mbarrier_init(smem_address(&s.nowhere), S::groups * 4);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -124,11 +117,9 @@ cudaError_t moe4_cuda_prefill_sm90(const moe4_layer_run *run, int phases, int n_
         cudaError_t error = cudaMemsetAsync(&run->state->prefill_ticket, 0, sizeof run->state->prefill_ticket, stream);
         if (error != cudaSuccess) return error;
     }
-    switch (run->prefill_columns) { /* up to 80 columns all products have the kernel's width: a narrower wgmma is hardly faster there */
-    case 48: return launch<prefill_shape<3, 2, 48, 48, 2>>(run, phases, n_sms, stream);
-    case 64: return launch<prefill_shape<3, 2, 64, 64, 2>>(run, phases, n_sms, stream);
-    case 80: return launch<prefill_shape<3, 2, 80, 80, 2>>(run, phases, n_sms, stream);
-    case 160: return launch<prefill_shape<3, 1, 160, 96, 2>>(run, phases, n_sms, stream);
-    default: return launch<prefill_shape<2, 1, 256, 128, 1>>(run, phases, n_sms, stream);
+    switch (run->prefill_columns) {
+    case 80: return launch<prefill_shape<3, 2, 80, 2>>(run, phases, n_sms, stream);
+    case 192: return launch<prefill_shape<3, 1, 192, 2>>(run, phases, n_sms, stream);
+    default: return launch<prefill_shape<2, 1, 256, 1>>(run, phases, n_sms, stream);
     }
 }

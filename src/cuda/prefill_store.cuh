@@ -1,105 +1,135 @@
-/* The end of a prefill item: the gated unit, whose h is the next product's tiles, or o, or y. */
+/* The end of a prefill item: the gated unit, whose h is the next product's tiles, or o, or y. Lanes whose rows are neighbours trade sums,
+ * so that each stores two numbers of one column. The columns' places are read 32 at a time, and stores are predicated: with a branch for
+ * each column its loads would wait for the branch before. */
 #ifndef MOE4_CUDA_PREFILL_STORE_CUH
 #define MOE4_CUDA_PREFILL_STORE_CUH
 
 #include "prefill_items.cuh"
 #include "result.cuh"
 
-#define PREFILL_AT_ONCE 32 /* columns whose gated units are computed before the first is stored: one hides what another waits for */
+#define PREFILL_AT_ONCE 32 /* columns */
 
 /* A thread's place in the row tile of its warpgroup: rows g and g + 8 of its warp's 16, columns 2c and 2c + 1 of each eight. */
 struct prefill_thread {
     int row_tile, warp, g, c;
+    __device__ __forceinline__ int odd(void) const { return g & 1; }
 };
 
-/* The gated unit, thread by thread; neighbours in g exchange halves, so that a lane stores two features of one slot. */
+struct __align__(16) column_pair {
+    column of[2];
+};
+
+/* Sums of one row tile: those of row g, or g + 8, in column 2c + i of the j-th eight. */
+template <int NT> static __device__ __forceinline__ float sum_of(const float (&acc)[NT / 2], int j, int i, bool high) {
+    return acc[4 * j + i + (high ? 2 : 0)];
+}
+
+/* Of two neighbours in g the even one gets both a, the odd one both b; the even one's first. */
+static __device__ __forceinline__ float2 trade(float a, float b, int odd) {
+    float other = __shfl_xor_sync(0xFFFFFFFFu, odd ? a : b, 4);
+    return odd ? make_float2(other, b) : make_float2(a, other);
+}
+
+/* f(j, pair): columns in eights, all loads of 32 columns before any of their f. */
+template <int NT, class F> static __device__ __forceinline__ void for_columns(const column *columns, int n, int c, F f) {
+#pragma unroll
+    for (int first = 0; first < NT; first += PREFILL_AT_ONCE) {
+        if (first >= n) break;
+        column_pair pair[PREFILL_AT_ONCE / 8];
+#pragma unroll
+        for (int j = 0; j < PREFILL_AT_ONCE / 8 && first + 8 * j < NT; j++)
+            pair[j] = *(const column_pair *)(columns + first + 8 * j + 2 * c);
+        f(first / 8, pair);
+    }
+}
+
+/* Rows g and g + 8 are gate and up of one feature. */
 template <int NT>
 static __device__ __forceinline__ void store_gated(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
                                                    const column *columns, const prefill_thread &self) {
     const moe4_tile &tile = item.tile;
-    int c = self.c, odd = self.g & 1, even_feature = self.row_tile * (MOE4_UNIT_ROWS / 2) + 8 * self.warp + (self.g & ~1);
+    int mine = 2 * self.c + self.odd(), even_feature = self.row_tile * (MOE4_UNIT_ROWS / 2) + 8 * self.warp + (self.g & ~1);
     size_t ld = (size_t)run.w.intermediate_units * MOE4_UNIT_K;
-    float gate_alpha = run.w.alpha_gate[tile.expert], up_alpha = run.w.alpha_up[tile.expert];
+    float gate_alpha = item.alpha[0], up_alpha = item.alpha[1];
     bool wide = run.act != MOE4_ACT_W4A16;
     char *h = (char *)prefill_tile(run.h_tiles, tile, run.w.intermediate_units) + (size_t)(even_feature >> 6) * (size_t)item.nt * 128;
-    h += prefill_offset(2 * c + odd, prefill_pair(even_feature));
-    float *h_wide = run.h_wide + (size_t)tile.first * ld + even_feature;
+    h += prefill_offset(mine, prefill_pair(even_feature));
+    float *h_wide = run.h_wide + (size_t)(tile.first + mine) * ld + even_feature;
+    for_columns<NT>(columns, tile.n, self.c, [&](int first, const column_pair *pair) {
+        float2 v[PREFILL_AT_ONCE / 8];
 #pragma unroll
-    for (int first = 0; first < NT; first += PREFILL_AT_ONCE) {
-        if (first >= tile.n) break;
-        float both[PREFILL_AT_ONCE / 4];
+        for (int j = 0; j < PREFILL_AT_ONCE / 8 && 8 * (first + j) < NT; j++) {
+            float unit[2];
 #pragma unroll
-        for (int i = 0; i < PREFILL_AT_ONCE / 4 && first + 4 * i < NT; i++) {
-            int j = first / 8 + i / 2, column = 8 * j + 2 * self.c + i % 2;
-            float f = columns[column].factor;
-            both[i] = fast_gated_unit(run, acc[4 * j + i % 2] * (gate_alpha * f), acc[4 * j + 2 + i % 2] * (up_alpha * f));
-        }
-#pragma unroll
-        for (int i = 0; i < PREFILL_AT_ONCE / 4 && first + 4 * i < NT; i += 2) {
-            float other = __shfl_xor_sync(0xFFFFFFFFu, odd ? both[i] : both[i + 1], 4);
-            float lo = odd ? other : both[i], hi = odd ? both[i + 1] : other;
-            int row = first + 4 * i + 2 * c + odd;
-            if (row >= tile.n) continue;
-            if (wide) {
-                *(float2 *)(h_wide + (size_t)row * ld) = make_float2(lo, hi);
-            } else {
-                *(__nv_bfloat162 *)(h + (first + 4 * i) * 128) = __floats2bfloat162_rn(lo, hi);
+            for (int i = 0; i < 2; i++) {
+                float f = pair[j].of[i].factor;
+                unit[i] = fast_gated_unit(run, sum_of<NT>(acc, first + j, i, false) * (gate_alpha * f),
+                                          sum_of<NT>(acc, first + j, i, true) * (up_alpha * f));
             }
+            v[j] = trade(unit[0], unit[1], self.odd());
         }
-    }
+#pragma unroll
+        for (int j = 0; j < PREFILL_AT_ONCE / 8 && 8 * (first + j) < NT; j++) {
+            int column = 8 * (first + j);
+            bool here = column + mine < tile.n;
+            __nv_bfloat162 narrow = __floats2bfloat162_rn(v[j].x, v[j].y);
+            store_8_if(here && wide, h_wide + (size_t)column * ld, v[j]);
+            store_4_if(here && !wide, h + column * 128, *(uint32_t *)&narrow);
+        }
+    });
 }
 
-/* Two sums of a column, times its factor. */
-static __device__ __forceinline__ float2 scaled_pair(const float *acc, float f) {
-    return {__fmul_rn(acc[0], f), __fmul_rn(acc[2], f)};
+/* The first of the two rows that a lane has after a trade. */
+static __device__ __forceinline__ int traded_row(const prefill_thread &self) {
+    return self.row_tile * MOE4_UNIT_ROWS + 16 * self.warp + (self.g & ~1) + 8 * self.odd();
+}
+
+template <int NT>
+static __device__ __forceinline__ float2 scaled_pair(const float (&acc)[NT / 2], int j, int i, float f, const prefill_thread &self) {
+    float2 o = trade(sum_of<NT>(acc, j, i, false), sum_of<NT>(acc, j, i, true), self.odd());
+    return {__fmul_rn(o.x, f), __fmul_rn(o.y, f)};
 }
 
 template <int NT>
 static __device__ __forceinline__ void store_outputs(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
                                                      const column *columns, const prefill_thread &self) {
-    float alpha = run.w.alpha_down[item.tile.expert];
-    int n = self.row_tile * MOE4_UNIT_ROWS + 16 * self.warp + self.g;
-    bool low = n < run.w.hidden, high = n + 8 < run.w.hidden;
+    int n = traded_row(self), here = n < run.w.hidden ? item.tile.n - 2 * self.c : 0; /* columns from the lane's first on */
+    float *o = run.o + n;
+    for_columns<NT>(columns, item.tile.n, self.c, [&](int first, const column_pair *pair) {
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++) {
-        if (8 * j >= item.tile.n) break;
+        for (int j = 0; j < PREFILL_AT_ONCE / 8 && 8 * (first + j) < NT; j++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int at = 8 * j + 2 * self.c + i;
-            if (at >= item.tile.n) continue;
-            float2 o = scaled_pair(acc + 4 * j + i, alpha * columns[at].factor);
-            float *to = run.o + (size_t)columns[at].row * (size_t)run.w.hidden + n;
-            if (low) to[0] = o.x;
-            if (high) to[8] = o.y;
-        }
-    }
+            for (int i = 0; i < 2; i++) {
+                const column &to = pair[j].of[i];
+                float2 v = scaled_pair<NT>(acc, first + j, i, item.alpha[0] * to.factor, self);
+                store_8_if(8 * (first + j) + i < here, o + (size_t)to.row * (size_t)run.w.hidden, v);
+            }
+    });
 }
 
 /* The same where a row is y at once. */
 template <int NT>
 static __device__ __forceinline__ void store_result(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
                                                     const column *columns, const prefill_thread &self) {
-    float alpha = run.w.alpha_down[item.tile.expert];
-    int n = self.row_tile * MOE4_UNIT_ROWS + 16 * self.warp + self.g;
-    bool low = n < run.w.hidden, high = n + 8 < run.w.hidden;
+    int n = traded_row(self), here = n < run.w.hidden ? item.tile.n - 2 * self.c : 0;
     size_t of_expert = (size_t)item.tile.expert * (size_t)run.w.hidden + (size_t)n;
-    const float *bias = run.w.bias_down ? run.w.bias_down + of_expert : NULL;
-    size_t first = run.slots_are == MOE4_SLOTS_DIAGONAL ? of_expert : (size_t)n;
+    const float *bias = run.w.bias_down && here > 0 ? run.w.bias_down + of_expert : NULL;
+    float2 b = bias ? make_float2(bias[0], bias[1]) : make_float2(0.f, 0.f);
+    size_t y = run.slots_are == MOE4_SLOTS_DIAGONAL ? of_expert : (size_t)n;
+    for_columns<NT>(columns, item.tile.n, self.c, [&](int first, const column_pair *pair) {
 #pragma unroll
-    for (int j = 0; j < NT / 8; j++) {
-        if (8 * j >= item.tile.n) break;
+        for (int j = 0; j < PREFILL_AT_ONCE / 8 && 8 * (first + j) < NT; j++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int at = 8 * j + 2 * self.c + i;
-            if (at >= item.tile.n) continue;
-            int row = columns[at].row;
-            float2 o = scaled_pair(acc + 4 * j + i, alpha * columns[at].factor);
-            float weight = run.result.weights ? run.result.weights[row] : 1.f;
-            size_t to = (size_t)row * run.result.ld + first;
-            if (low) store_y(run.result.y, run.result.dtype, to, weighted_result(o.x, bias, weight));
-            if (high) store_y(run.result.y, run.result.dtype, to + 8, weighted_result(o.y, bias ? bias + 8 : NULL, weight));
-        }
-    }
+            for (int i = 0; i < 2; i++) {
+                const column &to = pair[j].of[i];
+                float2 v = scaled_pair<NT>(acc, first + j, i, item.alpha[0] * to.factor, self);
+                if (8 * (first + j) + i >= here) continue;
+                float weight = run.result.weights ? run.result.weights[to.row] : 1.f;
+                v.x = weighted_result(v.x, bias, b.x, weight);
+                v.y = weighted_result(v.y, bias, b.y, weight);
+                store_y_2(run.result.y, run.result.dtype, (size_t)to.row * run.result.ld + y, v);
+            }
+    });
 }
 
 #endif

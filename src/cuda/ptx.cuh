@@ -33,6 +33,26 @@ static __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     return v;
 }
 
+/* Predicated stores: no branch that what follows would wait for. */
+static __device__ __forceinline__ void store_4_if(bool here, void *to, uint32_t v) {
+    asm volatile("{\n"
+                 ".reg .pred here;\n"
+                 "setp.ne.b32 here, %0, 0;\n"
+                 "@here st.global.b32 [%1], %2;\n"
+                 "}" ::"r"((int)here),
+                 "l"(to), "r"(v)
+                 : "memory");
+}
+static __device__ __forceinline__ void store_8_if(bool here, float *to, float2 v) {
+    asm volatile("{\n"
+                 ".reg .pred here;\n"
+                 "setp.ne.b32 here, %0, 0;\n"
+                 "@here st.global.v2.f32 [%1], {%2, %3};\n"
+                 "}" ::"r"((int)here),
+                 "l"(to), "f"(v.x), "f"(v.y)
+                 : "memory");
+}
+
 /* Memory order between blocks. */
 static __device__ __forceinline__ int load_acquire(const int *p) {
     int v;

@@ -7,29 +7,38 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 }
 
 /* docs/hopper.md has the measurements. */
-#define PREFILL_FROM 17  /* slots of an expert that the prefill kernel takes */
-#define PREFILL_WIDE 150 /* slots an expert gets on average from where on it takes all: few slots are no slower there */
-#define PREFILL_FEW 65   /* the same where experts get few on average: a few that go another way cost more than they gain */
+#define PREFILL_APART 9   /* slots of an expert that the prefill kernel takes, where it cannot take all */
+#define PREFILL_FEW 65    /* where experts get few on average: a few that go another way cost more than they gain */
+#define PREFILL_TOKENS 64 /* of a batch from which it may take a layer; the rows of one expert keep too few multiprocessors busy */
 
-/* Columns of the prefill kernel's tiles, up to so many slots an expert. */
+/* Slots an expert gets on average from where on the prefill kernel takes all. Where h is rounded it runs twice. */
+static int prefill_mean(const struct moe4_layer_run *r) {
+    return r->act == MOE4_ACT_W4A16 ? 11 : 16;
+}
+
+/* Columns of the prefill kernel's tiles, up to so many slots an expert on average. */
 static const struct width {
     int columns;
     double up_to;
-} WIDTHS[] = {{48, 35}, {64, 52}, {80, 68}, {160, PREFILL_WIDE}, {256, INT32_MAX}};
+} WIDTHS[] = {{80, 68}, {192, 165}, {256, 235}, {192, INT32_MAX}};
 enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the decode kernel's tiles */ };
 
+static int prefill_from(const struct moe4_layer_run *r, double per_expert) {
+    bool many = r->n_tokens >= MOE4_PREFILL_TOKENS, layer = r->w.n > 1;
+    if (per_expert >= prefill_mean(r) && (many || (layer && r->n_tokens >= PREFILL_TOKENS)))
+        return moe4_cuda_rounds_apart(r) ? PREFILL_APART : 1;
+    return many ? PREFILL_FEW : 0;
+}
+
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
- * takes as many columns as it has. An expert with many slots goes to the
- * prefill kernel, wherever the batch is large enough to hold one. */
+ * takes as many columns as it has. An expert with many slots goes to the prefill kernel, wherever the batch is large enough to hold one. */
 void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_device *device) {
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
     bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r);
     int width = 0;
     while (per_expert > WIDTHS[width].up_to) width++;
-    r->prefill_from =
-        moe4_cuda_uses_sm90(device) && plain && r->n_tokens >= MOE4_PREFILL_TOKENS ? (per_expert < 20 ? PREFILL_FEW : PREFILL_FROM) : 0;
-    if (r->prefill_from && per_expert > PREFILL_WIDE && !moe4_cuda_rounds_apart(r)) r->prefill_from = 1;
+    r->prefill_from = moe4_cuda_uses_sm90(device) && plain ? prefill_from(r, per_expert) : 0;
     r->prefill_columns = WIDTHS[width].columns;
     r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
 }
@@ -47,7 +56,8 @@ static size_t most_prefill_tiles(size_t slots, size_t experts) {
 
 /* The largest batch that leaves experts with few slots to decode, where larger ones do not: it may need more memory than they do. */
 size_t moe4_cuda_last_mixed_batch(const struct moe4_layer_run *r) {
-    return (size_t)r->w.n * PREFILL_WIDE / (size_t)r->top_k;
+    size_t last = ((size_t)r->w.n * (size_t)prefill_mean(r) - 1) / (size_t)r->top_k;
+    return last < PREFILL_TOKENS ? PREFILL_TOKENS - 1 : last;
 }
 
 /* Of the routed experts' products. */
