@@ -104,7 +104,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         moe4_packed_experts w = r.w;
         r = in;
         r.w = w;
-        r.prefill_columns = in.prefill_columns = 256;
+        r.prefill_columns = in.prefill_columns = T <= 256 ? 192 : 256; /* as src/cuda/run.c chooses */
         r.h_tiles = in.x_tiles;
         r.h_factor = in.x_factor;
         r.result.y = y;

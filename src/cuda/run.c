@@ -21,7 +21,33 @@ static const struct width {
     int columns;
     double up_to;
 } WIDTHS[] = {{80, 68}, {192, 165}, {256, 235}, {192, INT32_MAX}};
-enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS, LEAST_COLUMNS = 8 /* of the decode kernel's tiles */ };
+enum { LEAST_COLUMNS = 8, LEAST_PREFILL_COLUMNS = 80 }; /* of decode's tiles; of prefill's */
+
+/* The prefill kernel's items: columns and row tiles at most. */
+static const struct item { int columns, row_tiles; } ITEMS[] = {{80, 6}, {192, 3}, {256, 2}};
+enum { N_ITEMS = sizeof ITEMS / sizeof *ITEMS };
+
+/* What the rows of one expert cost: it has few items, which the multiprocessors take in whole rounds. Cycles of a 64 x 64 unit by
+ * docs/hopper.md: few columns cost the decoding, many the tensor cores. */
+static double rounds_cost(const struct item *item, int rows, int row_tiles, int n_sms) {
+    int tiles = (rows + item->columns - 1) / item->columns, columns = (rows + tiles - 1) / tiles;
+    long long items = (long long)tiles * ((row_tiles + item->row_tiles - 1) / item->row_tiles);
+    double few = 97 + 1.1 * columns, many = 10 + 2. * columns;
+    return (double)((items + n_sms - 1) / n_sms) * item->row_tiles * (few > many ? few : many);
+}
+
+static int prefill_columns(const struct moe4_layer_run *r, double per_expert, int n_sms) {
+    if (r->w.n > 1) {
+        int width = 0;
+        while (per_expert > WIDTHS[width].up_to) width++;
+        return WIDTHS[width].columns;
+    }
+    const struct item *best = ITEMS;
+    for (int i = 1; i < N_ITEMS; i++)
+        if (rounds_cost(&ITEMS[i], r->n_tokens, r->w.down_tiles, n_sms) < rounds_cost(best, r->n_tokens, r->w.down_tiles, n_sms))
+            best = &ITEMS[i];
+    return best->columns;
+}
 
 static int prefill_from(const struct moe4_layer_run *r, double per_expert) {
     bool many = r->n_tokens >= MOE4_PREFILL_TOKENS, layer = r->w.n > 1;
@@ -36,22 +62,9 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     long long slots = (long long)r->n_tokens * r->top_k, experts = slots < r->w.n ? slots : r->w.n;
     double per_expert = experts ? (double)slots / (double)experts : 0;
     bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r);
-    int width = 0;
-    while (per_expert > WIDTHS[width].up_to) width++;
     r->prefill_from = moe4_cuda_uses_sm90(device) && plain ? prefill_from(r, per_expert) : 0;
-    r->prefill_columns = WIDTHS[width].columns;
+    if (r->prefill_from) r->prefill_columns = prefill_columns(r, per_expert, device->n_sms);
     r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
-}
-
-/* The most that so many slots may have, or fewer in narrower tiles: a workspace serves every batch up to its own. */
-static size_t most_prefill_tiles(size_t slots, size_t experts) {
-    size_t most = 0;
-    for (int i = 0; i < N_WIDTHS; i++) {
-        double narrow = WIDTHS[i].up_to * (double)experts;
-        size_t n = (narrow < (double)slots ? (size_t)narrow : slots) / (size_t)WIDTHS[i].columns;
-        most = n > most ? n : most;
-    }
-    return most + experts;
 }
 
 /* The largest batch that leaves experts with few slots to decode, where larger ones do not: it may need more memory than they do. */
@@ -131,7 +144,7 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
     r->done = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->done);
     r->ready = moe4_carve(c, (size_t)r->max_tiles, sizeof *r->ready);
     if (r->prefill_from) {
-        size_t tiles = most_prefill_tiles(slots, experts), rows = moe4_prefill_rows(slots, (size_t)r->w.n);
+        size_t tiles = slots / LEAST_PREFILL_COLUMNS + experts, rows = moe4_prefill_rows(slots, (size_t)r->w.n);
         r->max_prefill_tiles = (int)tiles;
         r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
         r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
