@@ -107,14 +107,15 @@ static __device__ __forceinline__ void store_outputs(const moe4_layer_run &run, 
     });
 }
 
-/* The same where a row is y at once. */
+/* The same where a row is y at once, of any length. */
 template <int NT>
 static __device__ __forceinline__ void store_result(const moe4_layer_run &run, const float (&acc)[NT / 2], const prefill_item &item,
                                                     const column *columns, const prefill_thread &self) {
     int n = traded_row(self), here = n < run.w.hidden ? item.tile.n - 2 * self.c : 0;
     size_t of_expert = (size_t)item.tile.expert * (size_t)run.w.hidden + (size_t)n;
     const float *bias = run.w.bias_down && here > 0 ? run.w.bias_down + of_expert : NULL;
-    float2 b = bias ? make_float2(bias[0], bias[1]) : make_float2(0.f, 0.f);
+    bool both = n + 1 < run.w.hidden;
+    float2 b = bias ? make_float2(bias[0], both ? bias[1] : 0.f) : make_float2(0.f, 0.f);
     size_t y = run.slots_are == MOE4_SLOTS_DIAGONAL ? of_expert : (size_t)n;
     for_columns<NT>(columns, item.tile.n, self.c, [&](int first, const column_pair *pair) {
 #pragma unroll
@@ -127,7 +128,11 @@ static __device__ __forceinline__ void store_result(const moe4_layer_run &run, c
                 float weight = run.result.weights ? run.result.weights[to.row] : 1.f;
                 v.x = weighted_result(v.x, bias, b.x, weight);
                 v.y = weighted_result(v.y, bias, b.y, weight);
-                store_y_2(run.result.y, run.result.dtype, (size_t)to.row * run.result.ld + y, v);
+                size_t at = (size_t)to.row * run.result.ld + y;
+                if (both)
+                    store_y_2(run.result.y, run.result.dtype, at, v);
+                else
+                    store_y(run.result.y, run.result.dtype, at, v.x);
             }
     });
 }

@@ -7,7 +7,7 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 }
 
 /* docs/hopper.md has the measurements. */
-#define PREFILL_APART 9   /* slots of an expert that the prefill kernel takes, where it cannot take all */
+#define PREFILL_APART 17  /* slots of an expert that the prefill kernel takes, where it cannot take all */
 #define PREFILL_FEW 65    /* where experts get few on average: a few that go another way cost more than they gain */
 #define PREFILL_TOKENS 64 /* of a batch from which it may take a layer; the rows of one expert keep too few multiprocessors busy */
 
