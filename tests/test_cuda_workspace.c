@@ -102,7 +102,49 @@ static void test_large_batch(void **state) {
     assert_true((size_t)r.n_tokens * 6 * slice_rows * sizeof(float) <= room);
 }
 
+/* The rules of docs/hopper.md on both sides of where they change: a rank with 48 experts, and 7168 rows of one expert. Rows that stand with
+ * their experts know only a bound of their average, so few slots stay with decode, whose bits they have by id. */
+static void test_choices(void **state) {
+    (void)state;
+    static const struct {
+        enum kind kind;
+        moe4_act act;
+        int n_tokens, from, columns;
+    } choices[] = {
+        {LAYER, MOE4_ACT_W4A16, 63, 0, 0},
+        {LAYER, MOE4_ACT_W4A16, 87, 0, 0},
+        {LAYER, MOE4_ACT_W4A16, 88, 1, 80},
+        {LAYER, MOE4_ACT_TOKEN, 88, 0, 0},
+        {LAYER, MOE4_ACT_TOKEN, 127, 65, 80},
+        {LAYER, MOE4_ACT_TOKEN, 128, 1, 80},
+        {LAYER, MOE4_ACT_W4A16, 544, 1, 80},
+        {LAYER, MOE4_ACT_W4A16, 545, 1, 192},
+        {LAYER, MOE4_ACT_W4A16, 1320, 1, 192},
+        {LAYER, MOE4_ACT_W4A16, 1321, 1, 256},
+        {LAYER, MOE4_ACT_W4A16, 1880, 1, 256},
+        {LAYER, MOE4_ACT_W4A16, 4096, 1, 192},
+        {LAYER_NVFP4_X, MOE4_ACT_TOKEN, 256, 17, 80},
+        {LAYER_SORTED, MOE4_ACT_W4A16, 527, 65, 80},
+        {LAYER_SORTED, MOE4_ACT_W4A16, 528, 17, 80},
+        {LINEAR, MOE4_ACT_W4A16, 95, 0, 0},
+        {LINEAR, MOE4_ACT_W4A16, 96, 1, 256},
+        {LINEAR, MOE4_ACT_W4A16, 256, 1, 192},
+        {LINEAR, MOE4_ACT_W4A16, 4096, 1, 256},
+    };
+    for (size_t i = 0; i < COUNT(choices); i++) {
+        struct moe4_layer_run r = make_run(&shapes[0], 6, choices[i].act, choices[i].kind, choices[i].n_tokens);
+        r.w.down_tiles = r.w.hidden_units;
+        moe4_cuda_choose_kernel(&r, &(struct moe4_cuda_device){.major = 9, .n_sms = 132});
+        if (r.prefill_from != choices[i].from || r.prefill_columns != choices[i].columns)
+            fail_msg("kind %d, %d tokens: prefill from %d slots, %d columns; want %d, %d", (int)choices[i].kind, choices[i].n_tokens,
+                     r.prefill_from, r.prefill_columns, choices[i].from, choices[i].columns);
+        moe4_cuda_choose_kernel(&r, &(struct moe4_cuda_device){.major = 8, .n_sms = 108});
+        assert_int_equal(r.prefill_from, 0);
+    }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_never_falls), cmocka_unit_test(test_large_batch)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_never_falls), cmocka_unit_test(test_large_batch),
+                                       cmocka_unit_test(test_choices)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
