@@ -13,7 +13,8 @@
 
 static const struct shape {
     int n, hidden, intermediate;
-} shapes[] = {{48, 7168, 3072}, {32, 4096, 2048}, {32, 256, 128}, {1, 16, 16}, {512, 1024, 80}, {3, 4112, 1000}, {2048, 64, 64}};
+} shapes[] = {{48, 7168, 3072}, {32, 4096, 2048}, {32, 256, 128},  {1, 16, 16},
+              {512, 1024, 80},  {1, 1 << 20, 64}, {3, 4112, 1000}, {2048, 64, 64}};
 static const int top_ks[] = {1, 2, 6, 8, 32};
 static const moe4_act acts[] = {MOE4_ACT_W4A16, MOE4_ACT_STATIC, MOE4_ACT_TENSOR, MOE4_ACT_TOKEN, MOE4_ACT_BF16};
 enum kind { LAYER, LAYER_NVFP4_X, LAYER_WEIGHTED_X, LAYER_SORTED, LINEAR, GROUPED, DIAGONAL, N_KINDS };

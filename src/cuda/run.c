@@ -9,7 +9,7 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 /* docs/hopper.md has the measurements. */
 #define PREFILL_APART 17  /* slots of an expert that the prefill kernel takes, where it cannot take all */
 #define PREFILL_FEW 65    /* where experts get few on average: a few that go another way cost more than they gain */
-#define PREFILL_TOKENS 64 /* of a batch from which it may take a layer; the rows of one expert keep too few multiprocessors busy */
+#define PREFILL_TOKENS 64 /* of a batch from which it may take several experts; the rows of one keep too few multiprocessors busy */
 
 /* Slots an expert gets on average from where on the prefill kernel takes all. Where h is rounded it runs twice. */
 static int prefill_mean(const struct moe4_layer_run *r) {
@@ -29,10 +29,10 @@ enum { N_ITEMS = sizeof ITEMS / sizeof *ITEMS };
 
 /* What the rows of one expert cost: it has few items, which the multiprocessors take in whole rounds. Cycles of a 64 x 64 unit by
  * docs/hopper.md: few columns cost the decoding, many the tensor cores. */
-static double rounds_cost(const struct item *item, int rows, int row_tiles, int n_sms) {
-    int tiles = (rows + item->columns - 1) / item->columns, columns = (rows + tiles - 1) / tiles;
-    long long items = (long long)tiles * ((row_tiles + item->row_tiles - 1) / item->row_tiles);
-    double few = 97 + 1.1 * columns, many = 10 + 2. * columns;
+static double rounds_cost(const struct item *item, long long rows, int row_tiles, int n_sms) {
+    long long tiles = (rows + item->columns - 1) / item->columns, columns = (rows + tiles - 1) / tiles;
+    long long items = tiles * ((row_tiles + item->row_tiles - 1) / item->row_tiles);
+    double few = 97 + 1.1 * (double)columns, many = 10 + 2. * (double)columns;
     return (double)((items + n_sms - 1) / n_sms) * item->row_tiles * (few > many ? few : many);
 }
 
@@ -49,11 +49,14 @@ static int prefill_columns(const struct moe4_layer_run *r, double per_expert, in
     return best->columns;
 }
 
+/* Tokens of a batch from which the prefill kernel may take all. */
+static int least_tokens(const struct moe4_layer_run *r) {
+    return r->w.n > 1 ? PREFILL_TOKENS : MOE4_PREFILL_TOKENS;
+}
+
 static int prefill_from(const struct moe4_layer_run *r, double per_expert) {
-    bool many = r->n_tokens >= MOE4_PREFILL_TOKENS, layer = r->w.n > 1;
-    if (per_expert >= prefill_mean(r) && (many || (layer && r->n_tokens >= PREFILL_TOKENS)))
-        return moe4_cuda_rounds_apart(r) ? PREFILL_APART : 1;
-    return many ? PREFILL_FEW : 0;
+    if (per_expert >= prefill_mean(r) && r->n_tokens >= least_tokens(r)) return moe4_cuda_rounds_apart(r) ? PREFILL_APART : 1;
+    return r->n_tokens >= MOE4_PREFILL_TOKENS ? PREFILL_FEW : 0;
 }
 
 /* From the slots an expert gets on average, which the host knows; what an expert really gets only the device knows, and there a tile
@@ -69,8 +72,8 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
 
 /* The largest batch that leaves experts with few slots to decode, where larger ones do not: it may need more memory than they do. */
 size_t moe4_cuda_last_mixed_batch(const struct moe4_layer_run *r) {
-    size_t last = ((size_t)r->w.n * (size_t)prefill_mean(r) - 1) / (size_t)r->top_k;
-    return last < PREFILL_TOKENS ? PREFILL_TOKENS - 1 : last;
+    size_t last = ((size_t)r->w.n * (size_t)prefill_mean(r) - 1) / (size_t)r->top_k, fewest = (size_t)least_tokens(r) - 1;
+    return last < fewest ? fewest : last;
 }
 
 /* Of the routed experts' products. */
