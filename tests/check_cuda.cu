@@ -399,7 +399,7 @@ static void prefill_checks(const shape_case &c, moe4_layer_run r, const host_lay
             size_t slots = (size_t)c.T * c.k;
             parts.n_windows = slots < 64 ? 1 : columns == 80 ? 3 : 2;
             parts.window_slots = (int)((slots / parts.n_windows + 16) & ~(size_t)15);
-            parts.n_slices = columns == 64 ? 1 : 3;
+            parts.n_slices = columns == 80 ? 1 : 3;
             outputs p = forward(parts, true, d_weights);
             check(same(a.y, p.y), c.name, "y by windows and slices", columns, 0);
         }
