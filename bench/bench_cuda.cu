@@ -245,7 +245,7 @@ int main(int argc, char **argv) {
             if (slots < 11) continue;
             int from = 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
             go(T, MOE4_ACT_W4A16, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
-            go(T, MOE4_ACT_TOKEN, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
+            if (slots >= 16) go(T, MOE4_ACT_TOKEN, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
             if (T == 256 || T == 1024) {
                 go(T, MOE4_ACT_W4A16, {"layer, hot", false, true, 24, 7, from, columns, HOT});
                 go(T, MOE4_ACT_W4A16, {"layer, half", false, true, 24, 7, from, columns, HALF});

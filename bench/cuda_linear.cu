@@ -138,7 +138,6 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
                 both(0);
                 row(what, time(product), 0);
             }
-            r.prefill_columns = in.prefill_columns = 256;
         }
         free_run(&in);
     }

@@ -4,8 +4,8 @@
  *   expert in shared memory. Tickets 0 .. G-1 are gate/up items (128 to 384 rows x the slots of a tile), the next are down items, which
  *   wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
  *
- *   2 or 3 warpgroups  consume, a row tile of 64 each; two where a tile has few columns
- *   a warp             draws tickets
+ *   2 or 3 warpgroups  consume, a row tile of 64 each; two each where a tile has few columns
+ *   a warp             draws tickets, and tells the other blocks when gate/up is done
  *   a warp             fills a ring of stages with activations by bulk copies
  *   two warps          fill the same stages with packed weights, and look up what the end of an item needs: rows, slots, factors
  *
