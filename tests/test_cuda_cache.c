@@ -135,7 +135,7 @@ static void test_cache(void **state) {
     for (size_t i = 0; i < files.gl_pathc; i++) {
         struct moe4_cache_key key;
         read_key(&key, files.gl_pathv[i]);
-        assert_string_equal(key.layout, "cuda-64x64-1");
+        assert_string_equal(key.layout, "cuda-64x64-2");
         void *zeros = calloc(key.bytes, 1);
         moe4_cache_write(writer, &key, zeros);
         free(zeros);

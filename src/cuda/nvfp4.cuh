@@ -38,27 +38,37 @@ static __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     return r;
 }
 
-/* Shifts to the left as multiplications by what the compiler cannot see through: they go to the multipliers, while masks, rotates and
- * selections fill the integer units, which are the ones that run short. */
-static __constant__ uint32_t shift_left[3] = {1u << 6, 1u << 2, 1u << 4};
+/* Multipliers that the compiler cannot see through: shifts go to the multipliers, while masks, rotates and selections fill the integer
+ * units, which are the ones that run short. */
+static __constant__ uint32_t multiplier[2] = {1u << 3 | 1u << 8 | 1u << 14, 1u << 4};
 
-/* Byte `I` of four packed scales as a bf16x2 multiplier, scale * 2^118 in both halves. */
-template <int I> static __device__ __forceinline__ uint32_t scale_multiplier(uint32_t scales) {
-    uint32_t both = __byte_perm(scales, 0, 0x4040 | I | I << 8);
-    return both * shift_left[2] + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
+/* Half `I` of a bf16x2 in both halves. */
+template <int I> static __device__ __forceinline__ uint32_t both_halves(uint32_t v) {
+    uint32_t r;
+    if (I)
+        asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %1;\nmov.b32 %0, {hi, hi};\n}" : "=r"(r) : "r"(v));
+    else
+        asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %1;\nmov.b32 %0, {lo, lo};\n}" : "=r"(r) : "r"(v));
+    return r;
+}
+
+/* Bytes `I` and `I` + 1 of packed scales, of rows g and g+8, as multipliers: bf16, scale * 2^118, in the halves. */
+template <int I> static __device__ __forceinline__ uint32_t scale_multipliers(uint32_t scales) {
+    uint32_t both = __byte_perm(scales, 0, 0x4040 | I | (I + 1) << 8);
+    return both * multiplier[1] + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
 }
 
 /* One packed word -> an A fragment. Field positions within each 16-bit half (half 0 and 1: even and odd k of the pair):
- *   pair 0: s e1 e0 m at 15 8 7 6                   in place
- *   pair 1:              9 2 1 0                    after << 6
- *   pair 2:              3 of the other half, 12 11 10   after a rotate right by 4
- *   pair 3: s at 5 of the other half, e1 e0 at 14 13     after a rotate right by 6;   m at 4, after << 2 */
+ *   pair 0: s e1 e0 m at 15 8 7 6                        in place
+ *   pair 1:              2 of the other half, 11 10 9    after a rotate right by 3
+ *   pair 2:              5 of the other half, 14 13 12   after a rotate right by 6
+ *   pair 3:              1 0 4 3                         after three shifts to the left in one multiplication, by 14, 8 and 3 */
 static __device__ __forceinline__ void decode_word(uint32_t a[4], uint32_t w, uint32_t scale_g, uint32_t scale_g8) {
     const uint32_t fields = 0x81C081C0u;
     a[0] = mul_bf16x2(w & fields, scale_g);
-    a[1] = mul_bf16x2((w * shift_left[0]) & fields, scale_g8);
-    a[2] = mul_bf16x2(__funnelshift_r(w, w, 4) & fields, scale_g);
-    a[3] = mul_bf16x2((__funnelshift_r(w, w, 6) & 0x81808180u) | ((w * shift_left[1]) & 0x00400040u), scale_g8);
+    a[1] = mul_bf16x2(__funnelshift_r(w, w, 3) & fields, scale_g8);
+    a[2] = mul_bf16x2(__funnelshift_r(w, w, 6) & fields, scale_g);
+    a[3] = mul_bf16x2(((w & 0x001B001Bu) * multiplier[0]) & fields, scale_g8);
 }
 
 /* ---- packing, the reverse ---- */
@@ -71,11 +81,11 @@ static __host__ __device__ inline uint32_t pack_word(const uint8_t code[4][2]) {
         uint32_t c = code[0][half];
         w |= (c >> 3) << (here + 15) | (c & 7) << (here + 6);
         c = code[1][half];
-        w |= (c >> 3) << (here + 9) | (c & 7) << here;
+        w |= (c >> 3) << (other + 2) | (c & 7) << (here + 9);
         c = code[2][half];
-        w |= (c >> 3) << (other + 3) | (c & 7) << (here + 10);
+        w |= (c >> 3) << (other + 5) | (c & 7) << (here + 12);
         c = code[3][half];
-        w |= (c >> 3) << (other + 5) | (c >> 1 & 3) << (here + 13) | (c & 1) << (here + 4);
+        w |= (c >> 2) << here | (c & 3) << (here + 3);
     }
     return w;
 }

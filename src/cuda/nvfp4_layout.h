@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 /* The layout's name in cache files: another one for any change of packed bytes, or old files are taken for new ones. */
-#define MOE4_UNIT_LAYOUT "cuda-64x64-1"
+#define MOE4_UNIT_LAYOUT "cuda-64x64-2"
 #define MOE4_UNIT_ROWS 64
 #define MOE4_UNIT_K 64
 #define MOE4_UNIT_CODE_BYTES 2048

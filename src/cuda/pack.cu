@@ -78,9 +78,10 @@ static __global__ void unpack_kernel(__nv_bfloat16 *values, const uint8_t *packe
     const uint8_t *unit = packed + ((size_t)p.tile * (size_t)units + (size_t)p.unit) * MOE4_UNIT_BYTES;
     const uint32_t *words = (const uint32_t *)(unit + 512 * p.m + 16 * p.lane);
     const uint8_t *s = unit + MOE4_UNIT_CODE_BYTES + 8 * p.lane + 2 * p.m;
+    uint32_t multipliers = scale_multipliers<0>(*(const uint16_t *)s);
     for (int q = 0; q < 4; q++) {
         uint32_t a[4];
-        decode_word(a, words[q], scale_multiplier<0>(s[0]), scale_multiplier<0>(s[1]));
+        decode_word(a, words[q], both_halves<0>(multipliers), both_halves<1>(multipliers));
         for (int pair = 0; pair < 4; pair++) {
             int row = source_row(p.tile * MOE4_UNIT_ROWS + 16 * p.m + g + 8 * (pair & 1), interleave);
             if (row < 0 || row >= rows) continue;

@@ -23,7 +23,7 @@ template <class S> static __device__ __forceinline__ void decode_unit(uint32_t (
     uint32_t at = self.stage.at + (uint32_t)(tile * S::tile_bytes + u * MOE4_UNIT_BYTES);
     uint4 words = load_shared_16(at + self.codes);
     uint32_t scales = load_shared_2(at + self.scales);
-    uint32_t scale_g = scale_multiplier<0>(scales), scale_g8 = scale_multiplier<1>(scales);
+    uint32_t both = scale_multipliers<0>(scales), scale_g = both_halves<0>(both), scale_g8 = both_halves<1>(both);
     decode_word(a, words.x, scale_g, scale_g8);
     decode_word(a + 4, words.y, scale_g, scale_g8);
     decode_word(a + 8, words.z, scale_g, scale_g8);

@@ -34,8 +34,9 @@ static __device__ __forceinline__ void half_unit_product(float acc[NT][4], uint3
 
 /* The two multipliers of row tile m (compile-time) from the lane's scale bytes of both. */
 static __device__ __forceinline__ void unit_scales(uint32_t *scale_g, uint32_t *scale_g8, uint32_t scales, int m) {
-    *scale_g = m ? scale_multiplier<2>(scales) : scale_multiplier<0>(scales);
-    *scale_g8 = m ? scale_multiplier<3>(scales) : scale_multiplier<1>(scales);
+    uint32_t both = m ? scale_multipliers<2>(scales) : scale_multipliers<0>(scales);
+    *scale_g = both_halves<0>(both);
+    *scale_g8 = both_halves<1>(both);
 }
 
 /* Slices s and s+4, where a warp has both. */
