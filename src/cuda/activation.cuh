@@ -50,16 +50,18 @@ static __device__ __forceinline__ uint32_t amax_bits_16(const float v[16]) {
     return a;
 }
 
-/* dst[16] = bf16(v), 16-byte aligned. */
-static __device__ __forceinline__ void store_bf16_16(__nv_bfloat16 *dst, const float v[16]) {
-    uint32_t raw[8];
+static __device__ __forceinline__ void pack_bf16_16(uint32_t w[8], const float v[16]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        raw[i] = *(uint32_t *)&pair;
+        w[i] = *(uint32_t *)&pair;
     }
-    *(uint4 *)dst = *(uint4 *)raw;
-    *(uint4 *)(dst + 8) = *(uint4 *)(raw + 4);
+}
+
+/* dst[16] = w, 16-byte aligned. */
+static __device__ __forceinline__ void store_bf16_16(__nv_bfloat16 *dst, const uint32_t w[8]) {
+    *(uint4 *)dst = make_uint4(w[0], w[1], w[2], w[3]);
+    *(uint4 *)(dst + 8) = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
 /* v = the exact values e2m1 * scale of a block under encode scale S; 1 when the block saturates. */

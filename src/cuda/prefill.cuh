@@ -49,16 +49,13 @@ static __device__ __forceinline__ void transpose_4(uint32_t *w, int lane) {
         }
 }
 
-/* A chunk of each of two units from their eight blocks, one in each of eight neighbouring lanes: chunk[i] is chunk lane % 8 of unit i, so
- * that eight lanes store a whole line. Lane % 8 is b % 8, and all of the warp is here. */
-static __device__ __forceinline__ void prefill_chunks(uint4 chunk[2], const float v[16]) {
-    uint32_t w[8];
+/* A chunk of each of two units from their eight blocks of 16 bf16, one in each of eight neighbouring lanes: chunk[i] is chunk lane % 8 of
+ * unit i, so that eight lanes store a whole line. Lane % 8 is b % 8, and all of the warp is here. */
+static __device__ __forceinline__ void prefill_chunks(uint4 chunk[2], const uint32_t block[8]) {
     int lane = threadIdx.x & 31;
+    uint32_t w[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        w[i] = *(uint32_t *)&pair;
-    }
+    for (int i = 0; i < 8; i++) w[i] = block[i];
     transpose_4(w, lane);
     transpose_4(w + 4, lane);
 #pragma unroll

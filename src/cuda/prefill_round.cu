@@ -34,13 +34,15 @@ static __device__ void round_row(const moe4_layer_run &run, const moe4_tile &til
     int t = (int)threadIdx.x % ROW_THREADS;
     for (int b = t; (b & ~31) < blocks; b += ROW_THREADS) {
         uint4 chunk[2];
+        uint32_t w[8];
         bool here = b < blocks;
         if (here && b != t) load_16(v, in + 16 * b, MOE4_F32);
         if (bad)
             fill_16(v, __uint_as_float(0x7FFFFFFFu));
         else if (here)
             saturated += (uint32_t)round_16(v, S);
-        prefill_chunks(chunk, v);
+        pack_bf16_16(w, v);
+        prefill_chunks(chunk, w);
         prefill_store_chunks(to, nt, column, b, run.w.intermediate_units, chunk);
     }
     saturated = reduce_row<ROW_THREADS, THREADS / ROW_THREADS, false>(saturated);

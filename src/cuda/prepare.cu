@@ -10,7 +10,7 @@
 
 #define THREADS SORT_THREADS
 #define ROW_THREADS 128   /* for a row of x, where there are many */
-#define MOST_BLOCKS 264   /* of many_kernel with rows: two a multiprocessor */
+#define MOST_BLOCKS 263   /* of many_kernel with rows, and one: two a multiprocessor */
 #define APART 512         /* tokens from which rows are a kernel of their own */
 #define ROWS_SHARED 45056 /* asked for so that five of its blocks run at a time: with more, copies do not meet in L2 */
 
@@ -38,40 +38,45 @@ static __device__ void begin(const moe4_layer_run &run) {
 #endif
 }
 
-static __global__ void __launch_bounds__(THREADS) few_kernel(const __grid_constant__ moe4_layer_run run) {
+template <bool COPIES> static __global__ void __launch_bounds__(THREADS) few_kernel(const __grid_constant__ moe4_layer_run run) {
     begin(run);
     mark_h(run);
     if (blockIdx.x == 0)
         sort_few(run);
     else
-        round_x_row<THREADS, 1>(run, (int)blockIdx.x - 1);
+        put_x_row<COPIES, THREADS, 1>(run, (int)blockIdx.x - 1);
 }
 
 /* A row of x for each G threads of the block; the places of their slots are there. */
-template <int G> static __device__ void round_x_rows(const moe4_layer_run &run, int first, int end) {
-    for (int row = first + (int)threadIdx.x / G; row < end; row += THREADS / G) round_x_row<G, THREADS / G>(run, row);
+template <bool COPIES, int G> static __device__ void put_x_rows(const moe4_layer_run &run, int first, int end) {
+    for (int row = first + (int)threadIdx.x / G; row < end; row += THREADS / G) put_x_row<COPIES, G, THREADS / G>(run, row);
 }
 
+/* Block 0 has what is the run's, the others tokens. */
+template <bool COPIES>
 static __global__ void __launch_bounds__(THREADS, 2) many_kernel(const __grid_constant__ moe4_layer_run run, bool rounds) {
     begin(run);
     mark_h(run);
-    int t0 = (int)((int64_t)run.n_tokens * blockIdx.x / gridDim.x), t1 = (int)((int64_t)run.n_tokens * (blockIdx.x + 1) / gridDim.x);
+    int block = (int)blockIdx.x - 1, blocks = (int)gridDim.x - 1;
+    int t0 = block < 0 ? 0 : (int)((int64_t)run.n_tokens * block / blocks), t1 = (int)((int64_t)run.n_tokens * (block + 1) / blocks);
+    if (COPIES && rounds)
+        for (int t = t0; t < t1; t++) x_row_fetch(run, t); /* while the slots are sorted */
     sort_many(run, t0 * run.top_k, t1 * run.top_k);
     if (!rounds) return;
     __syncthreads();
     int per_token = run.act == MOE4_ACT_STATIC ? run.top_k : 1;
     if ((t1 - t0) * per_token < THREADS / ROW_THREADS)
-        round_x_rows<THREADS>(run, t0 * per_token, t1 * per_token);
+        put_x_rows<COPIES, THREADS>(run, t0 * per_token, t1 * per_token);
     else
-        round_x_rows<ROW_THREADS>(run, t0 * per_token, t1 * per_token);
+        put_x_rows<COPIES, ROW_THREADS>(run, t0 * per_token, t1 * per_token);
 }
 
-static __global__ void __launch_bounds__(ROW_THREADS) rows_kernel(const __grid_constant__ moe4_layer_run run) {
+template <bool COPIES> static __global__ void __launch_bounds__(ROW_THREADS) rows_kernel(const __grid_constant__ moe4_layer_run run) {
 #if __CUDA_ARCH__ == 900
     dependency_wait();
     dependency_launch();
 #endif
-    round_x_row<ROW_THREADS, 1>(run, (int)blockIdx.x);
+    put_x_row<COPIES, ROW_THREADS, 1>(run, (int)blockIdx.x);
 }
 
 static __global__ void __launch_bounds__(THREADS) amax_kernel(const __grid_constant__ moe4_layer_run run) {
@@ -91,15 +96,17 @@ static cudaError_t launch_many(const moe4_layer_run *run, int rows, cudaStream_t
     if (share)
         error = moe4_cuda_launch_early(count_kernel, dim3((unsigned)((slots + share - 1) / share)), THREADS, counts_bytes, stream, *run);
     if (error == cudaSuccess)
-        error = moe4_cuda_launch_early(many_kernel, dim3((unsigned)(blocks ? blocks : 1)), THREADS, expert_places_bytes(run->w.n), stream,
-                                       *run, rows && !apart);
+        error = moe4_cuda_launch_early(copies_x(*run) ? many_kernel<true> : many_kernel<false>, dim3((unsigned)(blocks ? blocks : 1) + 1),
+                                       THREADS, expert_places_bytes(run->w.n), stream, *run, rows && !apart);
     if (error != cudaSuccess || !rows || !apart) return error;
-    return moe4_cuda_launch_early(rows_kernel, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED, stream, *run);
+    return moe4_cuda_launch_early(copies_x(*run) ? rows_kernel<true> : rows_kernel<false>, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED,
+                                  stream, *run);
 }
 
 cudaError_t moe4_cuda_tile_rows(const moe4_layer_run *run, cudaStream_t stream) {
     int rows = run->act == MOE4_ACT_STATIC ? run->n_tokens * run->top_k : run->n_tokens;
-    return moe4_cuda_launch_early(rows_kernel, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED, stream, *run);
+    return moe4_cuda_launch_early(copies_x(*run) ? rows_kernel<true> : rows_kernel<false>, dim3((unsigned)rows), ROW_THREADS, ROWS_SHARED,
+                                  stream, *run);
 }
 
 cudaError_t moe4_cuda_prepare(const moe4_layer_run *run, cudaStream_t stream) {
@@ -110,7 +117,8 @@ cudaError_t moe4_cuda_prepare(const moe4_layer_run *run, cudaStream_t stream) {
         amax_kernel<<<run->n_tokens, THREADS, 0, stream>>>(*run);
     }
     if ((long long)run->n_tokens * run->top_k > SORT_FEW || run->prefill_from) return launch_many(run, rows, stream);
-    return moe4_cuda_launch_early(few_kernel, dim3((unsigned)(1 + rows)), THREADS, 0, stream, *run);
+    return moe4_cuda_launch_early(copies_x(*run) ? few_kernel<true> : few_kernel<false>, dim3((unsigned)(1 + rows)), THREADS, 0, stream,
+                                  *run);
 }
 
 /* ---- h, as a step of its own ---- */

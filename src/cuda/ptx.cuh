@@ -33,6 +33,10 @@ static __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     return v;
 }
 
+static __device__ __forceinline__ void prefetch_l2(const void *p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 /* Predicated stores: no branch that what follows would wait for. */
 static __device__ __forceinline__ void store_4_if(bool here, void *to, uint32_t v) {
     asm volatile("{\n"

@@ -134,12 +134,15 @@ static __device__ target find_target(const moe4_layer_run &run, const source &s)
 static __device__ void store_block(const moe4_layer_run &run, const target &to, int b, const float v[16]) {
     size_t at = (size_t)to.row * (size_t)(run.w.hidden_units * MOE4_UNIT_K) + (size_t)(16 * b);
     bool here = b < run.w.hidden_units * 4;
+    uint32_t w[8];
     if (to.tile) {
         uint4 chunk[2];
-        prefill_chunks(chunk, v);
+        pack_bf16_16(w, v);
+        prefill_chunks(chunk, w);
         prefill_store_chunks(to.tile, to.columns, to.column, b, run.w.hidden_units, chunk);
     } else if (here && run.act != MOE4_ACT_BF16) {
-        store_bf16_16(run.x + at, v);
+        pack_bf16_16(w, v);
+        store_bf16_16(run.x + at, w);
     } else if (here) {
         for (int i = 0; i < 4; i++) *(float4 *)(run.x_wide + at + 4 * i) = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
     }

@@ -44,13 +44,19 @@ static __device__ const void *x_at(const moe4_layer_run &run, int token, int k) 
     return (const char *)run.x_in + i * (run.x_dtype == MOE4_F32 ? 4 : 2);
 }
 
+/* A row's way to L2, by the block. */
+static __device__ void x_row_fetch(const moe4_layer_run &run, int token) {
+    int step = run.x_dtype == MOE4_F32 ? 32 : 64; /* a line */
+    for (int k = step * (int)threadIdx.x; k < run.w.hidden; k += step * (int)blockDim.x) prefetch_l2(x_at(run, token, k));
+}
+
 /* The largest |x| of a row; v = the thread's first block of it. */
 template <int G, int ROWS> static __device__ uint32_t x_row_amax(const moe4_layer_run &run, int token, float v[16]) {
     int blocks = run.w.hidden / 16, t = (int)threadIdx.x % G;
     fill_16(v, 0.f);
     if (t < blocks) load_16(v, x_at(run, token, 16 * t), run.x_dtype);
     uint32_t amax = amax_bits_16(v);
-#pragma unroll 3
+#pragma unroll 2
     for (int b = t + G; b < blocks; b += G) {
         float other[16];
         load_16(other, x_at(run, token, 16 * b), run.x_dtype);
@@ -60,12 +66,12 @@ template <int G, int ROWS> static __device__ uint32_t x_row_amax(const moe4_laye
 }
 
 /* Block b of a row that slots [first, first + n) read, by all lanes of a warp; `here`: the row has such a block. */
-static __device__ void store_x_block(const moe4_layer_run &run, int row, int first, int n, int b, bool here, const float v[16]) {
+static __device__ void store_x_block(const moe4_layer_run &run, int row, int first, int n, int b, bool here, const uint32_t w[8]) {
     bool as_row = run.x_is_kept || !moe4_cuda_tiles_x(&run);
     if (moe4_cuda_tiles_x(&run)) {
         int lane = threadIdx.x & 31;
         uint4 chunk[2];
-        prefill_chunks(chunk, v);
+        prefill_chunks(chunk, w);
         for (int k0 = 0; k0 < n; k0 += 32) {
             moe4_prefill_place mine = {-1, 0, 0, 0};
             if (k0 + lane < n) mine = run.x_places[first + k0 + lane];
@@ -79,7 +85,46 @@ static __device__ void store_x_block(const moe4_layer_run &run, int row, int fir
             }
         }
     }
-    if (as_row && here && !run.window) store_bf16_16(run.x + (size_t)row * (size_t)(run.w.hidden_units * MOE4_UNIT_K) + 16 * b, v);
+    if (as_row && here && !run.window) store_bf16_16(run.x + (size_t)row * (size_t)(run.w.hidden_units * MOE4_UNIT_K) + 16 * b, w);
+}
+
+/* Rows that the products read as they are. */
+static __host__ bool copies_x(const moe4_layer_run &run) {
+    return run.act == MOE4_ACT_W4A16 && run.x_dtype == MOE4_BF16 && ((uintptr_t)run.x_in & 15) == 0 && run.x_in_ld % 8 == 0;
+}
+
+/* A block of 16 bf16 of such a row; what is larger, the numbers' bits without signs or `amax`, by halves. */
+static __device__ __forceinline__ uint32_t load_words(uint32_t w[8], const moe4_layer_run &run, int token, int b, uint32_t amax) {
+    const uint4 *from = (const uint4 *)x_at(run, token, 16 * b);
+    *(uint4 *)w = __ldcg(from);
+    *(uint4 *)(w + 4) = __ldcg(from + 1);
+#pragma unroll
+    for (int i = 0; i < 8; i++) amax = __vmaxu2(amax, w[i] & 0x7FFF7FFFu);
+    return amax;
+}
+
+/* The same as round_x_row without a conversion to and fro, which is most of its instructions. */
+template <int G, int ROWS> static __device__ void copy_x_row(const moe4_layer_run &run, int row) {
+    int t = (int)threadIdx.x % G, blocks = run.w.hidden / 16;
+    uint32_t w[8] = {0}, amax = 0;
+    if (t < blocks) amax = load_words(w, run, row, t, amax);
+#pragma unroll 3
+    for (int b = t + G; b < blocks; b += G) {
+        uint32_t other[8];
+        amax = load_words(other, run, row, b, amax);
+    }
+    bool bad = reduce_row<G, ROWS, true>(max(amax & 0xFFFF, amax >> 16)) >= MOE4_INF_BITS >> 16;
+    for (int b = t; (b & ~31) < run.w.hidden_units * 4; b += G) {
+        if (b >= G) {
+            for (int i = 0; i < 8; i++) w[i] = 0;
+            if (b < blocks) load_words(w, run, row, b, 0);
+        }
+        for (int i = 0; bad && i < 8; i++) w[i] = 0x7FFF7FFFu; /* NaNs */
+        store_x_block(run, row, row * run.top_k, run.top_k, b, b < run.w.hidden_units * 4, w);
+    }
+    if (t) return;
+    run.x_bad[row] = bad;
+    run.x_saturated[row] = 0;
 }
 
 /* A row of x: token's, or in STATIC slot's, as experts have their own input scales. */
@@ -109,13 +154,22 @@ template <int G, int ROWS> static __device__ void round_x_row(const moe4_layer_r
             fill_16(v, __uint_as_float(0x7FFFFFFFu));
         else if (run.act != MOE4_ACT_W4A16 && here)
             saturated += (uint32_t)round_16(v, S);
-        store_x_block(run, row, first, n, b, here, v);
+        uint32_t w[8];
+        pack_bf16_16(w, v);
+        store_x_block(run, row, first, n, b, here, w);
     }
     if (run.act != MOE4_ACT_W4A16) saturated = reduce_row<G, ROWS, false>(saturated);
     if (t == 0) {
         run.x_saturated[row] = (int)saturated;
         if (run.x_factor) run.x_factor[row] = decode;
     }
+}
+
+template <bool COPIES, int G, int ROWS> static __device__ __forceinline__ void put_x_row(const moe4_layer_run &run, int row) {
+    if (COPIES)
+        copy_x_row<G, ROWS>(run, row);
+    else
+        round_x_row<G, ROWS>(run, row);
 }
 
 #endif

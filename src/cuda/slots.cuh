@@ -46,6 +46,7 @@ static __device__ __forceinline__ int x_row(const moe4_layer_run &run, int slot)
 
 /* Tile i of an expert's: the first ones have a step more than the others, the last what is left. */
 template <int STEP> static __device__ moe4_tile split_tile(int expert, int first, int n, int head, int n_tiles, int i) {
+    if (n_tiles == 1) return {expert, first, n, head, 1}; /* mostly, and divisions take long */
     int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles;
     int at = (i * base + min(i, rest)) * STEP, columns = min((base + (i < rest)) * STEP, n - at);
     return {expert, first + at, columns, head, n_tiles};

@@ -8,31 +8,43 @@
 
 #define SORT_THREADS 512
 #define SORT_WARPS (SORT_THREADS / 32)
-#define SORT_FEW 128 /* slots, at most SORT_THREADS */
-#define SORT_AT_ONCE 16
+#define SORT_FEW 128   /* slots, at most SORT_THREADS */
+#define SORT_AT_ONCE 4 /* loads of a thread; all warps issue them, whether slots are there or not */
 
-/* Exclusive sums of a and b over the block; totals to all. */
-static __device__ int2 scan_block(int2 v, int2 *total, int2 *scratch) {
+/* Of experts: slots, tiles of decode and of prefill, experts hit. */
+struct sums {
+    int slots, tiles, prefill_tiles, hit;
+    __device__ __forceinline__ void add(const sums &s) {
+        slots += s.slots;
+        tiles += s.tiles;
+        prefill_tiles += s.prefill_tiles;
+        hit += s.hit;
+    }
+};
+
+/* What comes before this thread's v in the block and before the block; *total += all of it. The first n threads have something. */
+static __device__ sums scan_block(sums v, int n, sums *total, sums *scratch) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int2 s = v;
+    sums before = *total, own = v;
     for (int d = 1; d < 32; d *= 2) {
-        int x = __shfl_up_sync(0xFFFFFFFFu, s.x, d), y = __shfl_up_sync(0xFFFFFFFFu, s.y, d);
-        if (lane >= d) s = make_int2(s.x + x, s.y + y);
+        sums x = {__shfl_up_sync(0xFFFFFFFFu, v.slots, d), __shfl_up_sync(0xFFFFFFFFu, v.tiles, d),
+                  __shfl_up_sync(0xFFFFFFFFu, v.prefill_tiles, d), __shfl_up_sync(0xFFFFFFFFu, v.hit, d)};
+        if (lane >= d) v.add(x);
     }
+    if (lane == 31) scratch[warp] = v;
     __syncthreads();
-    if (lane == 31) scratch[warp] = s;
-    __syncthreads();
-    int2 before = {0, 0};
-    *total = make_int2(0, 0);
-    for (int w = 0; w < SORT_WARPS; w++) {
-        if (w == warp) before = *total;
-        *total = make_int2(total->x + scratch[w].x, total->y + scratch[w].y);
+#pragma unroll 1
+    for (int w = 0; w < SORT_WARPS && 32 * w < n; w++) {
+        if (w < warp) before.add(scratch[w]);
+        total->add(scratch[w]);
     }
-    return make_int2(before.x + s.x - v.x, before.y + s.y - v.y);
+    before.add({v.slots - own.slots, v.tiles - own.tiles, v.prefill_tiles - own.prefill_tiles, 0});
+    return before;
 }
 
 /* The tile of column `at`. */
 template <int STEP> static __device__ int tile_of(int n, int n_tiles, int at) {
+    if (n_tiles == 1) return 0;
     int steps = (n + STEP - 1) / STEP, base = steps / n_tiles, rest = steps % n_tiles, step = at / STEP;
     return step < rest * (base + 1) ? step / (base + 1) : rest + (step - rest * (base + 1)) / base;
 }
@@ -158,35 +170,30 @@ static __device__ bool takes_prefill(const moe4_layer_run &run, int n_slots) {
     return run.prefill_from && n_slots >= run.prefill_from;
 }
 
-/* Where each expert's slots and tiles begin. Slots, experts hit. */
-static __device__ int2 place_experts(const moe4_layer_run &run, const expert_places &p) {
-    __shared__ int2 scratch[SORT_WARPS];
-    int slots = 0, tiles = 0, prefill_tiles = 0, hit = 0;
+/* Where each expert's slots and tiles begin. */
+static __device__ sums place_experts(const moe4_layer_run &run, const expert_places &p) {
+    __shared__ sums scratch[SORT_WARPS];
+    sums all = {0, 0, 0, 0};
     for (int e0 = 0; e0 < run.w.n; e0 += SORT_THREADS) {
-        int e = e0 + threadIdx.x, n = e < run.w.n ? p.n[e] : 0;
+        int e = e0 + threadIdx.x, n = e < run.w.n ? p.n[e] : 0, width = run.tile_columns;
         bool prefill = takes_prefill(run, n);
-        int2 all, of_prefill = {0, prefill ? (n + run.prefill_columns - 1) / run.prefill_columns : 0};
-        int2 at = scan_block({n, prefill ? 0 : (n + run.tile_columns - 1) / run.tile_columns}, &all, scratch);
+        if (prefill) width = run.prefill_columns;
+        int tiles = (n + width - 1) / width;
+        sums before = scan_block({n, prefill ? 0 : tiles, prefill ? tiles : 0, n > 0}, run.w.n - e0, &all, scratch);
         if (e < run.w.n) {
-            p.first[e] = slots + at.x;
-            p.next[e] += slots + at.x;
-            p.head[0][e] = tiles + at.y;
+            p.first[e] = before.slots;
+            p.next[e] += before.slots;
+            p.head[0][e] = before.tiles;
+            p.head[1][e] = before.prefill_tiles;
         }
-        slots += all.x;
-        tiles += all.y;
-        if (run.prefill_from) {
-            int head = prefill_tiles + scan_block(of_prefill, &all, scratch).y;
-            if (e < run.w.n) p.head[1][e] = head;
-            prefill_tiles += all.y;
-        }
-        hit += __syncthreads_count(n > 0);
+        __syncthreads(); /* scratch has been read */
     }
     if (threadIdx.x == 0) {
-        p.head[0][run.w.n] = tiles;
-        p.head[1][run.w.n] = prefill_tiles;
+        p.head[0][run.w.n] = all.tiles;
+        p.head[1][run.w.n] = all.prefill_tiles;
     }
     __syncthreads();
-    return {slots, hit};
+    return all;
 }
 
 /* Which column of which prefill tile slot `at` of expert e's is. */
@@ -277,17 +284,17 @@ static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) 
     expert_places p = carve_places(memory, run.w.n);
     int thread = (int)(blockIdx.x * SORT_THREADS + threadIdx.x), n_threads = (int)gridDim.x * SORT_THREADS;
     count_all(run, p, begin);
-    int2 all = place_experts(run, p);
+    sums all = place_experts(run, p);
     place_slots(run, p, begin, end);
     list_tiles<DECODE_STEP>(p.head[0], run.tiles, run, p, thread, n_threads);
-    begin_run(run, thread, n_threads, p.head[0][run.w.n], all.x, all.y);
+    begin_run(run, thread, n_threads, all.tiles, all.slots, all.hit);
     for (int e = thread; e < run.w.n; e += n_threads) run.expert_slots[e] = p.n[e];
     if (!run.prefill_from) return;
     list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, thread, n_threads);
-    if (run.n_windows) list_windows(run, p, all.x, thread, n_threads);
-    for (int i = thread; i < p.head[1][run.w.n]; i += n_threads) run.prefill_done[i] = 0;
+    if (run.n_windows) list_windows(run, p, all.slots, thread, n_threads);
+    for (int i = thread; i < all.prefill_tiles; i += n_threads) run.prefill_done[i] = 0;
     if (thread == 0) {
-        run.state->n_prefill_tiles = p.head[1][run.w.n];
+        run.state->n_prefill_tiles = all.prefill_tiles;
         run.state->prefill_ticket = 0;
     }
 }
