@@ -49,9 +49,10 @@ template <int STEP> static __device__ int tile_of(int n, int n_tiles, int at) {
     return step < rest * (base + 1) ? step / (base + 1) : rest + (step - rest * (base + 1)) / base;
 }
 
-/* What is the run's rather than an expert's, and all counters that the products begin with; by all of `n_threads`. */
+/* What is the run's rather than an expert's, and all counters that the products begin with; by all of `n_threads`. Thread 0 has the numbers
+ * of tiles and of experts, all have that of slots. */
 static __device__ void begin_run(const moe4_layer_run &run, int thread, int n_threads, int n_tiles, int n_slots, int n_hit) {
-    for (int i = thread; i < n_tiles; i += n_threads) run.done[i] = run.ready[i] = 0;
+    for (int i = thread; i < run.max_tiles; i += n_threads) run.done[i] = run.ready[i] = 0;
     if (run.h_amax)
         for (int i = thread; i < n_slots; i += n_threads) {
             run.h_amax[i] = 0;
@@ -88,10 +89,11 @@ static __device__ void sort_few(const moe4_layer_run &run) {
     if (e >= 0) run.slots[before + same_before] = s;
     if (first) run.expert_slots[e] = same;
     int n_slots = __syncthreads_count(e >= 0), hit = __syncthreads_count(first), head = 0, n_tiles = 0;
-    for (int i = 0; i < n; i++) {
-        head += expert[i] < e ? tiles[i] : 0;
-        n_tiles += tiles[i];
-    }
+    if (first || s == 0) /* who needs them: the other warps have no instructions here */
+        for (int i = 0; i < n; i++) {
+            head += expert[i] < e ? tiles[i] : 0;
+            n_tiles += tiles[i];
+        }
     for (int i = 0; i < mine; i++) run.tiles[head + i] = split_tile<DECODE_STEP>(e, before, same, head, mine, i);
     begin_run(run, (int)threadIdx.x, SORT_THREADS, n_tiles, n_slots, hit);
 }
