@@ -106,7 +106,7 @@ static moe4_status check_scales(moe4_ctx *ctx, size_t *bytes_ret, size_t *all_by
 }
 
 moe4_status moe4_scales_bytes(moe4_ctx *ctx, size_t *bytes_ret, moe4_scale_layout layout, size_t n_matrices, size_t rows, size_t cols) {
-    size_t matrix_bytes, bytes;
+    size_t matrix_bytes = 0, bytes = 0;
     moe4_begin(ctx);
     MOE4_CHECK(ctx, bytes_ret, MOE4_ERROR_ARGUMENT, "bytes_ret is NULL");
     MOE4_TRY(check_scales(ctx, &matrix_bytes, &bytes, layout, n_matrices, rows, cols));
@@ -115,7 +115,7 @@ moe4_status moe4_scales_bytes(moe4_ctx *ctx, size_t *bytes_ret, moe4_scale_layou
 }
 
 static moe4_status read_conversion(moe4_ctx *ctx, moe4_scales_conversion *s, bool *on_device_ret, size_t cols) {
-    size_t dst_bytes, src_bytes;
+    size_t dst_bytes = 0, src_bytes = 0;
     *on_device_ret = false;
     s->n_blocks = cols / MOE4_BLOCK;
     MOE4_TRY(check_scales(ctx, &s->dst_bytes, &dst_bytes, s->dst_layout, s->n_matrices, s->rows, cols));

@@ -134,7 +134,7 @@ static moe4_status workspace_parts(const moe4_router *r, size_t n_tokens, size_t
 
 moe4_status moe4_router_workspace_bytes(const moe4_router *r, size_t *bytes_ret, size_t n_tokens) {
     moe4_begin(r->ctx);
-    size_t logits, linear;
+    size_t logits = 0, linear = 0;
     MOE4_TRY(workspace_parts(r, n_tokens, &logits, &linear));
     *bytes_ret = logits + linear;
     return MOE4_OK;
@@ -166,7 +166,7 @@ static moe4_status choose(const moe4_router *r, int32_t *topk_ids, float *topk_w
 moe4_status moe4_router_forward(const moe4_router *r, int32_t *topk_ids, float *topk_weights, const void *x,
                                 const moe4_router_tokens *tokens, size_t n_tokens, const moe4_workspace *workspace, void *stream) {
     moe4_begin(r->ctx);
-    size_t logits_bytes, linear_bytes;
+    size_t logits_bytes = 0, linear_bytes = 0;
     moe4_router_tokens known;
     if (r->ckpt) MOE4_TRY(moe4_checkpoint_watch(r->ckpt));
     MOE4_TRY(workspace_parts(r, n_tokens, &logits_bytes, &linear_bytes));
