@@ -11,10 +11,7 @@
  *
  * The B fragment of step q is then x[16c+4q .. 16c+4q+3]: a lane reads 16 consecutive activations for the four steps of a unit.
  *
- * A code's bits (s, e1, e0, m) are stored where a mask, after a rotate, drops them into the fields of a bf16: sign at 15, e1 e0 at
- * 8 7, m at 6. Read as bf16 that is the value times 2^-126 (subnormal for 0.5), so ONE multiply by scale * 2^118 gives value * scale *
- * 2^-8, exactly: at most 6 significant bits, 2^-18 .. 2^3.4. The 2^8 goes into the fp32 alpha of the product. Scales are re-encoded
- * as normalised bytes, 5 exponent bits over 3 mantissa bits, so that the multiplier's bits are (byte << 4) + a constant. */
+ * nvfp4_word.h has the bits of words and scales, which the host knows too. */
 #ifndef MOE4_CUDA_NVFP4_CUH
 #define MOE4_CUDA_NVFP4_CUH
 
@@ -25,6 +22,7 @@
 #include <stdint.h>
 
 #include "nvfp4_layout.h"
+#include "nvfp4_word.h"
 
 /* ---- decode ---- */
 
@@ -40,7 +38,7 @@ static __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 
 /* Multipliers that the compiler cannot see through: shifts go to the multipliers, while masks, rotates and selections fill the integer
  * units, which are the ones that run short. */
-static __constant__ uint32_t multiplier[2] = {1u << 3 | 1u << 8 | 1u << 14, 1u << 4};
+static __constant__ uint32_t multiplier[2] = {MOE4_WORD_SPREAD, 1u << MOE4_SCALE_SHIFT};
 
 /* Half `I` of a bf16x2 in both halves. */
 template <int I> static __device__ __forceinline__ uint32_t both_halves(uint32_t v) {
@@ -55,48 +53,15 @@ template <int I> static __device__ __forceinline__ uint32_t both_halves(uint32_t
 /* Bytes `I` and `I` + 1 of packed scales, of rows g and g+8, as multipliers: bf16, scale * 2^118, in the halves. */
 template <int I> static __device__ __forceinline__ uint32_t scale_multipliers(uint32_t scales) {
     uint32_t both = __byte_perm(scales, 0, 0x4040 | I | (I + 1) << 8);
-    return both * multiplier[1] + 0x72807280u; /* exponent 229 = 118 + 127 - 16 */
+    return both * multiplier[1] + (MOE4_SCALE_BASE << 16 | MOE4_SCALE_BASE);
 }
 
-/* One packed word -> an A fragment. Field positions within each 16-bit half (half 0 and 1: even and odd k of the pair):
- *   pair 0: s e1 e0 m at 15 8 7 6                        in place
- *   pair 1:              2 of the other half, 11 10 9    after a rotate right by 3
- *   pair 2:              5 of the other half, 14 13 12   after a rotate right by 6
- *   pair 3:              1 0 4 3                         after three shifts to the left in one multiplication, by 14, 8 and 3 */
+/* One packed word -> an A fragment: pairs 0 and 2 are row g's, 1 and 3 row g+8's. */
 static __device__ __forceinline__ void decode_word(uint32_t a[4], uint32_t w, uint32_t scale_g, uint32_t scale_g8) {
-    const uint32_t fields = 0x81C081C0u;
-    a[0] = mul_bf16x2(w & fields, scale_g);
-    a[1] = mul_bf16x2(__funnelshift_r(w, w, 3) & fields, scale_g8);
-    a[2] = mul_bf16x2(__funnelshift_r(w, w, 6) & fields, scale_g);
-    a[3] = mul_bf16x2(((w & 0x001B001Bu) * multiplier[0]) & fields, scale_g8);
-}
-
-/* ---- packing, the reverse ---- */
-
-/* code[pair][half] -> the word that decode_word takes. */
-static __host__ __device__ inline uint32_t pack_word(const uint8_t code[4][2]) {
-    uint32_t w = 0;
-    for (int half = 0; half < 2; half++) {
-        int here = 16 * half, other = 16 - here;
-        uint32_t c = code[0][half];
-        w |= (c >> 3) << (here + 15) | (c & 7) << (here + 6);
-        c = code[1][half];
-        w |= (c >> 3) << (other + 2) | (c & 7) << (here + 9);
-        c = code[2][half];
-        w |= (c >> 3) << (other + 5) | (c & 7) << (here + 12);
-        c = code[3][half];
-        w |= (c >> 2) << here | (c & 3) << (here + 3);
-    }
-    return w;
-}
-
-/* The normalised byte of |scale| for an E4M3 byte that is not zero; NaN becomes a byte whose multiplier is NaN. */
-static __host__ __device__ inline uint8_t pack_scale(uint8_t e4m3) {
-    uint32_t e = e4m3 >> 3 & 15, m = e4m3 & 7;
-    if (e == 15 && m == 7) return 26 << 3 | 1;
-    if (e) return (uint8_t)((e + 9) << 3 | m); /* 2^(e-7) (1 + m/8), exponent field e - 7 + 16 */
-    int shift = m >= 4 ? 1 : m >= 2 ? 2 : 3;   /* subnormal m * 2^-9 = 2^-6-shift (1 + ...) */
-    return (uint8_t)((10 - shift) << 3 | ((m << shift) & 7));
+    a[0] = mul_bf16x2(word_pair(w, 0, multiplier[0]), scale_g);
+    a[1] = mul_bf16x2(word_pair(w, 1, multiplier[0]), scale_g8);
+    a[2] = mul_bf16x2(word_pair(w, 2, multiplier[0]), scale_g);
+    a[3] = mul_bf16x2(word_pair(w, 3, multiplier[0]), scale_g8);
 }
 
 /* ---- rounding ---- */
