@@ -67,7 +67,7 @@ void moe4_cuda_choose_kernel(struct moe4_layer_run *r, const struct moe4_cuda_de
     bool plain = r->act != MOE4_ACT_BF16 && !moe4_cuda_has_options(r);
     r->prefill_from = moe4_cuda_uses_sm90(device) && plain ? prefill_from(r, per_expert) : 0;
     if (r->prefill_from) r->prefill_columns = prefill_columns(r, per_expert, device->n_sms);
-    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 12 ? 16 : 24;
+    r->tile_columns = r->n_tokens <= 8 || per_expert < 3 ? LEAST_COLUMNS : per_expert <= 6 ? 16 : 24;
 }
 
 /* The largest batch that leaves experts with few slots to decode, where larger ones do not: it may need more memory than they do. */
