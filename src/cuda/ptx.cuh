@@ -21,12 +21,6 @@ static __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     return v;
 }
 
-static __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
-}
-
 static __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
@@ -69,11 +63,6 @@ static __device__ __forceinline__ void store_release(int *p, int v) {
 /* Adds without waiting for the old value; what came before is visible to whoever acquires the sum. */
 static __device__ __forceinline__ void add_release(int *p, int v) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-static __device__ __forceinline__ int add_acquire_release(int *p, int v) {
-    int old;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
-    return old;
 }
 
 /* Data that carries its own flag: each 32-bit word arrives whole, and in no order. */
@@ -156,10 +145,6 @@ static __device__ __forceinline__ void mbarrier_arrive_copies(uint32_t bar) {
 /* Orders ordinary accesses before later bulk copies of the same data. */
 static __device__ __forceinline__ void fence_proxy_async(void) {
     asm volatile("fence.proxy.async;" ::: "memory");
-}
-/* The same for shared memory of the block alone, without waiting for global memory. */
-static __device__ __forceinline__ void fence_proxy_async_shared(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 /* Waits until the kernels before this one in the stream are complete and their writes visible. */
 static __device__ __forceinline__ void dependency_wait(void) {
