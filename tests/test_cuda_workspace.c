@@ -144,8 +144,20 @@ static void test_choices(void **state) {
     }
 }
 
+/* Columns of decode's tiles, by tokens and by slots an expert gets on average: 6 of 48 experts for each token. */
+static void test_columns(void **state) {
+    (void)state;
+    static const int choices[][2] = {{8, 8}, {23, 8}, {24, 16}, {48, 16}, {49, 24}, {87, 24}};
+    for (size_t i = 0; i < COUNT(choices); i++) {
+        struct moe4_layer_run r = make_run(&shapes[0], 6, MOE4_ACT_W4A16, LAYER, choices[i][0]);
+        moe4_cuda_choose_kernel(&r, &(struct moe4_cuda_device){.major = 9, .n_sms = 132});
+        if (r.tile_columns != choices[i][1])
+            fail_msg("%d tokens: tiles of %d columns, want %d", choices[i][0], r.tile_columns, choices[i][1]);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_never_falls), cmocka_unit_test(test_large_batch),
-                                       cmocka_unit_test(test_choices)};
+                                       cmocka_unit_test(test_choices), cmocka_unit_test(test_columns)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
