@@ -45,7 +45,7 @@ static std::vector<float> widened(const __nv_bfloat16 *y, size_t n) {
     return v;
 }
 
-static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *blas) {
+static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *blas, bool sustains) {
     size_t n = (size_t)T * l.rows;
     double flops = 2. * (double)n * l.cols;
     float blas_us = 0, tail_us = 0;
@@ -66,7 +66,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         CUDA(cudaStreamEndCapture(stream, &graph));
         CUDA(cudaGraphInstantiate(&exec, graph, 0));
         float us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / LINEAR_CALLS;
-        tail_us = sustained_us(1, [&] { CUDA(cudaGraphLaunch(exec, 0)); }).us / LINEAR_CALLS;
+        tail_us = sustains ? (float)sustained_us(1, [&] { CUDA(cudaGraphLaunch(exec, 0)); }).us / LINEAR_CALLS : 0;
         CUDA(cudaGraphExecDestroy(exec));
         CUDA(cudaGraphDestroy(graph));
         return us;
@@ -77,16 +77,23 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
                floor_us(m, bytes, flops), us, floor_us(m, bytes, flops) / us, flops / us * 1e-6, blas_us / us, tail_us, error);
         fflush(stdout);
     };
+    char *workspace = poisoned<char>(MOE4_CUBLAS_WORKSPACE);
     auto by_cublas = [&](int c) {
-        if (!moe4_cublas_product(blas, want, CUDA_R_16BF, x[c], l.values, T, l.rows, l.cols, stream)) exit(1);
+        if (!multiply_bf16(blas, want, x[c], l.values, T, l.rows, l.cols, workspace, stream)) exit(1);
+    };
+    auto decode = [&](int) { CUDA(moe4_cuda_unpack(l.values, (const uint8_t *)l.w.down, l.rows, l.cols, 0, stream)); };
+    auto decoded = [&](int c) {
+        moe4_rows_check check = {y, MOE4_BF16, (size_t)l.rows, x[c], (size_t)l.cols, T, l.rows, l.cols};
+        decode(c);
+        if (!multiply_bf16(blas, y, x[c], l.values, T, l.rows, l.cols, workspace, stream)) exit(1);
+        CUDA(moe4_cuda_settle_rows(&check, stream));
     };
     if (blas) {
-        by_cublas(0); /* what it allocates, outside of a graph */
-        CUDA(cudaStreamSynchronize(stream));
         blas_us = time(by_cublas);
         row("cuBLAS bf16", blas_us, 0);
         by_cublas(0);
-        CUDA(cudaStreamSynchronize(stream));
+        row("w4a16, decoded for cuBLAS", time(decoded), 0);
+        row("w4a16, decoding", time(decode), 0);
     }
     for (moe4_act act : {MOE4_ACT_W4A16, MOE4_ACT_TOKEN}) {
         moe4_layer_run r = {};
@@ -127,11 +134,12 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
             printf("bench_cuda: linear T %d: wrong results, %.2e\n", T, error);
             exit(1);
         }
-        const char *name = act == MOE4_ACT_W4A16 ? "w4a16" : "token";
+        const char *name = act == MOE4_ACT_W4A16 ? "w4a16, prefill" : "token, prefill";
         row(name, time(both), error);
         if (act == MOE4_ACT_W4A16) {
             row("w4a16, x rounded into tiles", time(round), 0);
             for (int columns : {80, 192, 256}) {
+                if (!sustains) break;
                 char what[64];
                 snprintf(what, sizeof what, "w4a16, product, %d columns", columns);
                 r.prefill_columns = in.prefill_columns = columns;
@@ -142,6 +150,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         free_run(&in);
     }
     for (auto p : x) CUDA(cudaFree(p));
+    CUDA(cudaFree(workspace));
     CUDA(cudaFree(y));
     CUDA(cudaFree(want));
     CUDA(cudaStreamDestroy(stream));
@@ -150,9 +159,12 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
 void bench_linears(const machine &m, moe4_cublas *blas) {
     printf("\n| linear | rows | kernel | floor us | us | floor/us | TFLOP/s | of cuBLAS | sustained us | error |\n"
            "|---|---|---|---|---|---|---|---|---|---|\n");
-    linear l = make_linear(7168, 7168);
-    for (int T : {256, 1024, 4096}) bench_linear(l, T, m, blas);
-    CUDA(cudaFree((void *)l.w.down));
-    CUDA(cudaFree((void *)l.w.alpha_down));
-    CUDA(cudaFree(l.values));
+    const int shapes[][2] = {{7168, 7168}, {4096, 4096}, {2048, 7168}, {7168, 2048}, {576, 7168}};
+    for (auto &shape : shapes) {
+        linear l = make_linear(shape[0], shape[1]);
+        for (int T : {96, 256, 512, 1024, 4096}) bench_linear(l, T, m, blas, shape == shapes[0]);
+        CUDA(cudaFree((void *)l.w.down));
+        CUDA(cudaFree((void *)l.w.alpha_down));
+        CUDA(cudaFree(l.values));
+    }
 }

@@ -92,6 +92,13 @@ static double floor_us(const machine &m, double bytes, double flops) {
     return 1e6 * std::max(bytes / m.bandwidth, m.flops > 0 ? flops / m.flops : 0);
 }
 
+/* y[T, N] = x[T, K] @ w[N, K]^T by cuBLAS, all bf16; whether it took the call. */
+static bool multiply_bf16(moe4_cublas *blas, __nv_bfloat16 *y, const __nv_bfloat16 *x, const __nv_bfloat16 *w, int T, int N, int K,
+                          void *workspace, cudaStream_t stream) {
+    moe4_cublas_call c = {y, CUDA_R_16BF, (size_t)N, x, (size_t)K, w, 1.f, T, N, K, workspace, stream};
+    return moe4_cublas_product(blas, &c) == 0;
+}
+
 /* A square product in bf16. */
 static double product_rate(moe4_cublas *blas) {
     const int side = 8192;
@@ -100,7 +107,7 @@ static double product_rate(moe4_cublas *blas) {
     bool good = true;
     CUDA(cudaMalloc(&p, 3 * n * sizeof *p));
     fill_normal<<<1024, 256>>>(p, 2 * n, 0);
-    float us = median_us(9, [&] { good &= moe4_cublas_product(blas, p + 2 * n, CUDA_R_16BF, p, p + n, side, side, side, 0); });
+    float us = median_us(9, [&] { good &= multiply_bf16(blas, p + 2 * n, p, p + n, side, side, side, NULL, 0); });
     CUDA(cudaFree(p));
     return good ? 2. * side * side * side / (us * 1e-6) : 0;
 }

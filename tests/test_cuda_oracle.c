@@ -72,7 +72,9 @@ static void *magnitudes(const void *values, size_t n) {
 static float *product(const void *x, const void *w, size_t T, size_t N, size_t K) {
     void *y = on_device(NULL, T * N * sizeof(float), 0);
     float *host = malloc(T * N * sizeof *host);
-    assert_true(moe4_cublas_product(blas, y, CUDA_R_32F, x, w, (int)T, (int)N, (int)K, NULL));
+    const struct moe4_cublas_call call = {
+        .y = y, .y_type = CUDA_R_32F, .y_ld = N, .x = x, .x_ld = K, .w = w, .alpha = 1, .T = (int)T, .N = (int)N, .K = (int)K};
+    assert_int_equal(moe4_cublas_product(blas, &call), 0);
     from_device(host, y, T * N * sizeof *host);
     free_device(y, 0);
     return host;

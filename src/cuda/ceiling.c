@@ -59,8 +59,17 @@ static cudaError_t multiply(void *arg) {
     const struct multiplying *m = arg;
     const size_t matrix = (size_t)SIDE * SIDE * sizeof(moe4_bf16);
     float *y = (float *)(m->data + 2 * matrix);
-    return moe4_cublas_product(m->blas, y, CUDA_R_32F, m->data, m->data + matrix, SIDE, SIDE, SIDE, NULL) ? cudaGetLastError()
-                                                                                                          : cudaErrorUnknown;
+    const struct moe4_cublas_call product = {.y = y,
+                                             .y_type = CUDA_R_32F,
+                                             .y_ld = SIDE,
+                                             .x = m->data,
+                                             .x_ld = SIDE,
+                                             .w = m->data + matrix,
+                                             .alpha = 1,
+                                             .T = SIDE,
+                                             .N = SIDE,
+                                             .K = SIDE};
+    return moe4_cublas_product(m->blas, &product) == 0 ? cudaGetLastError() : cudaErrorUnknown;
 }
 
 static moe4_status measure_products(const moe4_ctx *ctx, moe4_ceilings *c, struct moe4_cublas *blas) {
@@ -79,13 +88,11 @@ static moe4_status measure_products(const moe4_ctx *ctx, moe4_ceilings *c, struc
 
 moe4_status moe4_cuda_ceilings(moe4_ctx *ctx, moe4_ceilings *c) {
     struct moe4_cuda_current saved;
-    char why[96];
     MOE4_TRY(moe4_cuda_enter(ctx, &saved));
     c->device = moe4_cuda_of(ctx)->name;
     moe4_status status = measure_reading(ctx, c);
-    struct moe4_cublas *blas = status == MOE4_OK ? moe4_cublas_open(why, sizeof why) : NULL;
+    struct moe4_cublas *blas = status == MOE4_OK ? moe4_cuda_blas(ctx) : NULL;
     if (blas) status = measure_products(ctx, c, blas);
-    moe4_cublas_close(blas);
     moe4_cuda_leave(saved);
     return status;
 }

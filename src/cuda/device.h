@@ -2,12 +2,17 @@
 #ifndef MOE4_CUDA_DEVICE_H
 #define MOE4_CUDA_DEVICE_H
 
+#include <pthread.h>
+
 #include "../plugin.h"
 #include "kernels.h"
 
 struct moe4_cuda_device {
     int index, major, minor, n_sms;
     char name[256];
+    pthread_mutex_t lock; /* of what follows */
+    bool looked_for_blas;
+    struct moe4_cublas *blas;
 };
 
 static inline const struct moe4_cuda_device *moe4_cuda_of(const moe4_ctx *ctx) {
@@ -27,6 +32,8 @@ void moe4_cuda_leave(struct moe4_cuda_current saved);
 
 /* Device memory: MEMORY with the bytes asked for and the bytes free. */
 moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, const char *what);
+/* cuBLAS, opened when it is first asked for; NULL where there is none. */
+struct moe4_cublas *moe4_cuda_blas(const moe4_ctx *ctx);
 /* Is `data` memory that this context's device reads? ARGUMENT otherwise. */
 moe4_status moe4_cuda_check_pointer(const moe4_ctx *ctx, const void *data, const char *what);
 /* The same for rows of activations, which may be a moe4_nvfp4_rows on the host. */
@@ -94,6 +101,8 @@ const char *moe4_cuda_kernels_name(const struct moe4_layer_run *r, const struct 
 /* The same expert by expert, by the rule by which the device lists tiles. Returns their number. */
 size_t moe4_cuda_kernel_ranges(moe4_kernel_range range[MOE4_MAX_KERNEL_RANGES], const struct moe4_layer_run *r,
                                const struct moe4_cuda_device *device);
+/* Cycles that the prefill kernel takes for 64 k of one expert's rows. */
+double moe4_cuda_unit_cycles(long long rows, int row_tiles, int n_sms);
 bool moe4_cuda_rounds_apart(const struct moe4_layer_run *r);
 size_t moe4_cuda_last_mixed_batch(const struct moe4_layer_run *r);
 void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool with_gate_up);

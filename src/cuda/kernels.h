@@ -229,7 +229,7 @@ extern "C" {
  * i + shift(i): interleave 0: i; 1: 16 (i/8) + i%8 (gate); 2: the same + 8 (up). The caller zeroes `packed` where padding is. */
 cudaError_t moe4_cuda_pack(uint8_t *packed, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int interleave,
                            cudaStream_t stream);
-/* values[rows, cols] = the bf16 e2m1 * scale that the products see, row-major and unpermuted: for tests. */
+/* values[rows, cols] = the bf16 e2m1 * scale that the products see, row-major and unpermuted; at a multiple of 16 bytes. */
 cudaError_t moe4_cuda_unpack(moe4_bf16 *values, const uint8_t *packed, int rows, int cols, int interleave, cudaStream_t stream);
 
 /* Sorts the slots by expert, stable, and lists the tiles; rounds x. One kernel, but in TENSOR two. */
@@ -306,6 +306,17 @@ struct moe4_wide_product {
     int T, N, K;
 };
 cudaError_t moe4_cuda_wide(const struct moe4_wide_product *p, cudaStream_t stream);
+
+/* y[n_rows, N] after y = x[n_rows, K] @ w^T, x bf16: the rows whose x has a NaN or infinity are filled with NaNs. */
+struct moe4_rows_check {
+    void *y;
+    moe4_dtype y_dtype; /* F32 or BF16 */
+    size_t y_ld;
+    const void *x;
+    size_t x_ld;
+    int n_rows, N, K;
+};
+cudaError_t moe4_cuda_settle_rows(const struct moe4_rows_check *c, cudaStream_t stream);
 
 /* *first_bad = the lowest index of a byte above 0x7E in scale[n], or UINT64_MAX. */
 cudaError_t moe4_cuda_find_bad_scale(unsigned long long *first_bad, const uint8_t *scale, size_t n, cudaStream_t stream);

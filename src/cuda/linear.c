@@ -1,20 +1,7 @@
 /* Linear on the device. NVFP4 matrices run as the down product of a layer with one expert that every token visits, h being x; unquantized
  * ones (router gates) as plain fp32 products. */
-#include "device.h"
-
+#include "linear.h"
 #include "nvfp4_layout.h"
-
-struct matrix {
-    struct moe4_packed_experts packed; /* NVFP4 */
-    void *plain;                       /* otherwise: the matrix as stored */
-    float *bias;                       /* or NULL */
-};
-
-struct prepared {
-    uint8_t *packed; /* of all matrices */
-    float *numbers;  /* alpha of each matrix, then the input scale */
-    struct matrix matrix[];
-};
 
 /* A matrix as the down projection of one expert; x is rounded as if by a layer whose hidden size is K. */
 static struct moe4_packed_experts as_down(const moe4_weight *w) {
@@ -34,7 +21,7 @@ static moe4_status cache_key(const moe4_linear *l, struct moe4_cuda_cached *cach
     return status;
 }
 
-static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
+static moe4_status prepare_nvfp4(moe4_linear *l, struct moe4_cuda_linear *p) {
     const moe4_ctx *ctx = l->ctx;
     size_t bytes = 0, stage_bytes = 0;
     void *data = NULL, *numbers = NULL;
@@ -73,7 +60,7 @@ static moe4_status prepare_nvfp4(moe4_linear *l, struct prepared *p) {
     return status == MOE4_OK && !found ? moe4_cuda_cache_write(ctx, &cached, p->packed) : status;
 }
 
-static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
+static moe4_status prepare_plain(moe4_linear *l, struct moe4_cuda_linear *p) {
     for (size_t i = 0; i < l->n_weights; i++) {
         const moe4_weight *w = &l->weight[i];
         size_t bytes = w->rows * w->cols * (w->dtype == MOE4_F32 ? 4 : 2);
@@ -83,7 +70,7 @@ static moe4_status prepare_plain(moe4_linear *l, struct prepared *p) {
     return MOE4_OK;
 }
 
-static moe4_status prepare_biases(moe4_linear *l, struct prepared *p) {
+static moe4_status prepare_biases(moe4_linear *l, struct moe4_cuda_linear *p) {
     for (size_t i = 0; i < l->n_weights; i++) {
         size_t bytes = l->weight[i].rows * sizeof(float);
         void *bias = NULL;
@@ -99,19 +86,22 @@ moe4_status moe4_cuda_linear_prepare(moe4_linear *l) {
     for (size_t i = 0; i < l->n_weights; i++)
         MOE4_CHECK(l->ctx, l->weight[i].rows <= 1 << 24 && l->cols <= 1 << 24, MOE4_ERROR_UNSUPPORTED,
                    "weight %zu: %zu x %zu; on a device at most 2^24 x 2^24", i, l->weight[i].rows, l->cols);
-    struct prepared *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
+    struct moe4_cuda_linear *p = moe4_calloc(l->ctx, 1, sizeof *p + l->n_weights * sizeof *p->matrix, "linear");
     if (!p) return MOE4_ERROR_MEMORY;
     l->prepared = p; /* release frees what a failure leaves */
     struct moe4_cuda_current saved;
     MOE4_TRY(moe4_cuda_enter(l->ctx, &saved));
     moe4_status status = l->weight->dtype == MOE4_NVFP4 ? prepare_nvfp4(l, p) : prepare_plain(l, p);
+    p->decoded_from = moe4_cuda_decoded_from(l);
+    if (p->decoded_from < SIZE_MAX) p->blas = moe4_cuda_blas(l->ctx);
+    if (!p->blas) p->decoded_from = SIZE_MAX;
     if (status == MOE4_OK) status = prepare_biases(l, p);
     moe4_cuda_leave(saved);
     return status;
 }
 
 void moe4_cuda_linear_release(moe4_linear *l) {
-    struct prepared *p = l->prepared;
+    struct moe4_cuda_linear *p = l->prepared;
     struct moe4_cuda_current saved;
     if (!p) return;
     if (moe4_cuda_enter(l->ctx, &saved) == MOE4_OK) {
@@ -136,7 +126,7 @@ static bool is_narrowed(const moe4_linear *l, size_t i) {
 
 /* The run that rounds x and lists its tiles, and the place of the widest result. */
 static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4_linear *l, size_t n_tokens, void *base) {
-    const struct prepared *p = l->prepared;
+    const struct moe4_cuda_linear *p = l->prepared;
     struct moe4_carver c = {.base = base};
     size_t widest = 0;
     bool nvfp4 = l->weight->dtype == MOE4_NVFP4, narrowed = false;
@@ -161,19 +151,21 @@ static bool carve(size_t *bytes, struct moe4_layer_run *r, float **o, const moe4
 }
 
 bool moe4_cuda_linear_bytes(size_t *bytes, const moe4_linear *l, size_t n_tokens) {
-    const size_t most_decoded = MOE4_PREFILL_TOKENS - 1; /* they need fp32 results, more tokens do not */
+    const size_t most_narrow = MOE4_PREFILL_TOKENS - 1; /* they need fp32 results, more tokens do not */
     struct moe4_layer_run r;
     float *o;
-    size_t fewer = 0;
-    if (n_tokens > most_decoded && !carve(&fewer, &r, &o, l, most_decoded, NULL)) return false;
+    size_t fewer = 0, from = ((const struct moe4_cuda_linear *)l->prepared)->decoded_from;
+    size_t decoded = n_tokens < from ? 0 : moe4_cuda_decoded_bytes(l);
+    if (n_tokens > most_narrow && !carve(&fewer, &r, &o, l, most_narrow, NULL)) return false;
     bool fits = carve(bytes, &r, &o, l, n_tokens, NULL);
     if (fewer > *bytes) *bytes = fewer;
+    if (decoded > *bytes) *bytes = decoded;
     return fits;
 }
 
 static cudaError_t run_product(const struct moe4_linear_call *c, struct moe4_layer_run r, size_t i, float *o) {
     const moe4_linear *l = c->linear;
-    const struct prepared *p = l->prepared;
+    const struct moe4_cuda_linear *p = l->prepared;
     const struct moe4_cuda_device *device = moe4_cuda_of(l->ctx);
     r.w = p->matrix[i].packed;
     r.w.bias_down = p->matrix[i].bias;
@@ -219,7 +211,7 @@ static cudaError_t run_nvfp4(const struct moe4_linear_call *c) {
 
 static cudaError_t run_plain(const struct moe4_linear_call *c) {
     const moe4_linear *l = c->linear;
-    const struct prepared *p = l->prepared;
+    const struct moe4_cuda_linear *p = l->prepared;
     bool codes = l->o.x_dtype == MOE4_NVFP4; /* their values are written out first */
     struct moe4_layer_run r = {0};
     float *o;
@@ -273,7 +265,10 @@ moe4_status moe4_cuda_linear_forward(const struct moe4_linear_call *c) {
     struct moe4_cuda_current saved;
     MOE4_TRY(moe4_cuda_enter(ctx, &saved));
     moe4_status status = MOE4_OK;
-    if (c->n_tokens) status = moe4_cuda_check(ctx, l->weight->dtype == MOE4_NVFP4 ? run_nvfp4(c) : run_plain(c), "moe4_linear_forward");
+    if (moe4_cuda_decodes(l, c->n_tokens))
+        status = moe4_cuda_decoded_forward(c);
+    else if (c->n_tokens)
+        status = moe4_cuda_check(ctx, l->weight->dtype == MOE4_NVFP4 ? run_nvfp4(c) : run_plain(c), "moe4_linear_forward");
     if (status == MOE4_OK && c->n_saturated) status = count_saturated(c);
     moe4_cuda_leave(saved);
     return status;

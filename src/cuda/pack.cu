@@ -10,6 +10,8 @@ static __device__ int source_row(int packed_row, int interleave) {
     return (g >= 8) == (interleave == 2) ? feature : -1;
 }
 
+#define DECODE_FACTORS 0x43804380u /* MOE4_DECODE_FACTOR, 2^8, in two bf16 */
+
 struct place {
     int tile, unit, m, lane;
 };
@@ -68,50 +70,65 @@ static __global__ void pack_kernel(uint8_t *packed, const uint8_t *codes, const 
     }
 }
 
-static __global__ void unpack_kernel(__nv_bfloat16 *values, const uint8_t *packed, int rows, int cols, int interleave, int units,
-                                     long long n) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    place p = thread_place(i, units);
-    int g = p.lane >> 2, block = p.unit * 4 + (p.lane & 3);
-    if (block >= cols / 16) return;
-    const uint8_t *unit = packed + ((size_t)p.tile * (size_t)units + (size_t)p.unit) * MOE4_UNIT_BYTES;
-    const uint32_t *words = (const uint32_t *)(unit + 512 * p.m + 16 * p.lane);
-    const uint8_t *s = unit + MOE4_UNIT_CODE_BYTES + 8 * p.lane + 2 * p.m;
-    uint32_t multipliers = scale_multipliers<0>(*(const uint16_t *)s);
-    for (int q = 0; q < 4; q++) {
-        uint32_t a[4];
-        decode_word(a, words[q], both_halves<0>(multipliers), both_halves<1>(multipliers));
-        for (int pair = 0; pair < 4; pair++) {
-            int row = source_row(p.tile * MOE4_UNIT_ROWS + 16 * p.m + g + 8 * (pair & 1), interleave);
-            if (row < 0 || row >= rows) continue;
-            __nv_bfloat16 *to = values + (size_t)row * (size_t)cols + (size_t)block * 16 + 4 * q + 2 * (pair >> 1);
-            for (int h = 0; h < 2; h++) {
-                __nv_bfloat16_raw bits;
-                bits.x = (uint16_t)(a[pair] >> 16 * h);
-                to[h] = __nv_bfloat16(__bfloat162float(__nv_bfloat16(bits)) * MOE4_DECODE_FACTOR);
+#define UNPACK_UNITS 2   /* that a block of threads takes side by side, */
+#define UNPACK_AT_ONCE 4 /* and one after the other, all loads first */
+
+/* Two lanes have a block of rows g and g+8 together, the even one k 0 .. 7: so that four store 64 bytes of a row. */
+static __global__ void __launch_bounds__(128 * UNPACK_UNITS)
+    unpack_kernel(__nv_bfloat16 *values, const uint8_t *packed, int rows, int cols, int interleave, int units) {
+    int tile = (int)blockIdx.x, m = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, odd = lane & 1;
+    int first = (int)(blockIdx.y * UNPACK_UNITS * UNPACK_AT_ONCE + threadIdx.x / 128);
+    const uint8_t *from = packed + ((size_t)tile * (size_t)units + (size_t)first) * MOE4_UNIT_BYTES;
+    uint2 words[UNPACK_AT_ONCE][2];
+    uint16_t scales[UNPACK_AT_ONCE][2];
+#pragma unroll
+    for (int j = 0; j < UNPACK_AT_ONCE; j++)
+#pragma unroll
+        for (int i = 0; i < 2 && first + j * UNPACK_UNITS < units; i++) {
+            const uint8_t *unit = from + j * UNPACK_UNITS * MOE4_UNIT_BYTES;
+            int of = (lane & ~3) + 2 * i + (lane >> 1 & 1);
+            words[j][i] = *(const uint2 *)(unit + 512 * m + 16 * of + 8 * odd);
+            scales[j][i] = *(const uint16_t *)(unit + MOE4_UNIT_CODE_BYTES + 8 * of + 2 * m);
+        }
+#pragma unroll
+    for (int j = 0; j < UNPACK_AT_ONCE; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int block = 4 * (first + j * UNPACK_UNITS) + 2 * i + (lane >> 1 & 1);
+            if (block >= cols / 16) break;
+            uint32_t a[8], both = scale_multipliers<0>(scales[j][i]);
+            decode_word(a, words[j][i].x, both_halves<0>(both), both_halves<1>(both));
+            decode_word(a + 4, words[j][i].y, both_halves<0>(both), both_halves<1>(both));
+#pragma unroll
+            for (int k = 0; k < 8; k++) a[k] = mul_bf16x2(a[k], DECODE_FACTORS);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = source_row(tile * MOE4_UNIT_ROWS + 16 * m + (lane >> 2) + 8 * half, interleave);
+                if (row < 0 || row >= rows) continue;
+                *(uint4 *)(values + (size_t)row * (size_t)cols + (size_t)(16 * block + 8 * odd)) =
+                    make_uint4(a[half], a[half + 2], a[half + 4], a[half + 6]);
             }
         }
-    }
 }
 
-/* Threads for the row tiles that hold any of this matrix' rows. */
-static long long n_threads(int rows, int units, int interleave) {
+/* The row tiles that hold any of this matrix' rows. */
+static long long n_row_tiles(int rows, int interleave) {
     long long packed_rows = interleave ? 2LL * ((rows + 7) / 8 * 8) : rows;
-    return (packed_rows + MOE4_UNIT_ROWS - 1) / MOE4_UNIT_ROWS * units * 128;
+    return (packed_rows + MOE4_UNIT_ROWS - 1) / MOE4_UNIT_ROWS;
 }
 
 cudaError_t moe4_cuda_pack(uint8_t *packed, const uint8_t *codes, const uint8_t *scales, int rows, int cols, int interleave,
                            cudaStream_t stream) {
     int units = (cols + MOE4_UNIT_K - 1) / MOE4_UNIT_K;
-    long long n = n_threads(rows, units, interleave);
+    long long n = n_row_tiles(rows, interleave) * units * 128;
     if (n) pack_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(packed, codes, scales, rows, cols, interleave, units, n);
     return cudaGetLastError();
 }
 
 cudaError_t moe4_cuda_unpack(__nv_bfloat16 *values, const uint8_t *packed, int rows, int cols, int interleave, cudaStream_t stream) {
+    const int at_once = UNPACK_UNITS * UNPACK_AT_ONCE;
     int units = (cols + MOE4_UNIT_K - 1) / MOE4_UNIT_K;
-    long long n = n_threads(rows, units, interleave);
-    if (n) unpack_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(values, packed, rows, cols, interleave, units, n);
+    dim3 grid((unsigned)n_row_tiles(rows, interleave), (unsigned)((units + at_once - 1) / at_once));
+    if (grid.x && grid.y) unpack_kernel<<<grid, 128 * UNPACK_UNITS, 0, stream>>>(values, packed, rows, cols, interleave, units);
     return cudaGetLastError();
 }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "accept.h"
+#include "cublas.h"
 #include "device.h"
 
 /* ---- the core's services, under the names that its macros use ---- */
@@ -54,6 +55,16 @@ moe4_status moe4_cuda_alloc(const moe4_ctx *ctx, void **data_ret, size_t bytes, 
     cudaMemGetInfo(&available, &total);
     return moe4_fail(ctx, MOE4_ERROR_MEMORY, "%s: %zu bytes, and device %d has %zu of %zu free", what, bytes, moe4_cuda_of(ctx)->index,
                      available, total);
+}
+
+struct moe4_cublas *moe4_cuda_blas(const moe4_ctx *ctx) {
+    struct moe4_cuda_device *d = ctx->device;
+    char why[96];
+    pthread_mutex_lock(&d->lock);
+    if (!d->looked_for_blas) d->blas = moe4_cublas_open(why, sizeof why);
+    d->looked_for_blas = true;
+    pthread_mutex_unlock(&d->lock);
+    return d->blas;
 }
 
 static moe4_status memory_owner(const moe4_ctx *ctx, const void *data, const char *what, enum moe4_owner *owner_ret) {
@@ -177,13 +188,21 @@ static moe4_status plugin_open(moe4_ctx *ctx, int index) {
     struct moe4_cuda_device *own = moe4_calloc(ctx, 1, sizeof *own, "device");
     if (!own) return MOE4_ERROR_MEMORY;
     *own = d;
+    pthread_mutex_init(&own->lock, NULL); /* with these attributes it cannot fail */
     ctx->device = own;
     ctx->backend = &backend;
     return MOE4_OK;
 }
 
 static void plugin_close(moe4_ctx *ctx) {
-    moe4_free(ctx, ctx->device);
+    struct moe4_cuda_device *own = ctx->device;
+    struct moe4_cuda_current saved;
+    if (own->blas && moe4_cuda_enter(ctx, &saved) == MOE4_OK) {
+        moe4_cublas_close(own->blas);
+        moe4_cuda_leave(saved);
+    }
+    pthread_mutex_destroy(&own->lock);
+    moe4_free(ctx, own);
     ctx->device = NULL;
 }
 

@@ -36,17 +36,22 @@ static double rounds_cost(const struct item *item, long long rows, int row_tiles
     return (double)((items + n_sms - 1) / n_sms) * item->row_tiles * (few > many ? few : many);
 }
 
-static int prefill_columns(const struct moe4_layer_run *r, double per_expert, int n_sms) {
-    if (r->w.n > 1) {
-        int width = 0;
-        while (per_expert > WIDTHS[width].up_to) width++;
-        return WIDTHS[width].columns;
-    }
+static const struct item *best_item(long long rows, int row_tiles, int n_sms) {
     const struct item *best = ITEMS;
     for (int i = 1; i < N_ITEMS; i++)
-        if (rounds_cost(&ITEMS[i], r->n_tokens, r->w.down_tiles, n_sms) < rounds_cost(best, r->n_tokens, r->w.down_tiles, n_sms))
-            best = &ITEMS[i];
-    return best->columns;
+        if (rounds_cost(&ITEMS[i], rows, row_tiles, n_sms) < rounds_cost(best, rows, row_tiles, n_sms)) best = &ITEMS[i];
+    return best;
+}
+
+double moe4_cuda_unit_cycles(long long rows, int row_tiles, int n_sms) {
+    return rounds_cost(best_item(rows, row_tiles, n_sms), rows, row_tiles, n_sms);
+}
+
+static int prefill_columns(const struct moe4_layer_run *r, double per_expert, int n_sms) {
+    int width = 0;
+    if (r->w.n == 1) return best_item(r->n_tokens, r->w.down_tiles, n_sms)->columns;
+    while (per_expert > WIDTHS[width].up_to) width++;
+    return WIDTHS[width].columns;
 }
 
 /* Tokens of a batch from which the prefill kernel may take all. */
