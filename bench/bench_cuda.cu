@@ -51,7 +51,7 @@ struct variant {
 
 /* The products of a run that may have both kinds of experts. */
 static void mixed(const moe4_layer_run &r, int sms, int stages, cudaStream_t stream) {
-    bool decode = stages & 2 && r.prefill_from > 1, split = r.act != MOE4_ACT_W4A16;
+    bool decode = stages & 2 && r.prefill_from > 1, split = r.act == MOE4_ACT_TENSOR;
     if (decode) CUDA(moe4_cuda_decode_sm90(&r, 3, sms, stream));
     if (stages & 2 && !split) {
         CUDA(moe4_cuda_prefill_sm90(&r, 3, sms, stream));

@@ -65,6 +65,7 @@ static void bench_linear(const linear &l, int T, const machine &m, moe4_cublas *
         for (int c = 0; c < LINEAR_CALLS; c++) call(c);
         CUDA(cudaStreamEndCapture(stream, &graph));
         CUDA(cudaGraphInstantiate(&exec, graph, 0));
+        usleep(500000); /* the row before this one may have ended at the power limit */
         float us = median_us(15, [&] { CUDA(cudaGraphLaunch(exec, 0)); }) / LINEAR_CALLS;
         tail_us = sustains ? (float)sustained_us(1, [&] { CUDA(cudaGraphLaunch(exec, 0)); }).us / LINEAR_CALLS : 0;
         CUDA(cudaGraphExecDestroy(exec));
@@ -162,7 +163,7 @@ void bench_linears(const machine &m, moe4_cublas *blas) {
     const int shapes[][2] = {{7168, 7168}, {4096, 4096}, {2048, 7168}, {7168, 2048}, {576, 7168}};
     for (auto &shape : shapes) {
         linear l = make_linear(shape[0], shape[1]);
-        for (int T : {96, 256, 512, 1024, 4096}) bench_linear(l, T, m, blas, shape == shapes[0]);
+        for (int T : {256, 1024, 4096}) bench_linear(l, T, m, blas, shape == shapes[0]);
         CUDA(cudaFree((void *)l.w.down));
         CUDA(cudaFree((void *)l.w.alpha_down));
         CUDA(cudaFree(l.values));

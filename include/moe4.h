@@ -690,8 +690,9 @@ MOE4_API moe4_status moe4_linear_create(moe4_linear **linear_ret, moe4_ctx *ctx,
 MOE4_API void moe4_linear_destroy(moe4_linear *linear);
 /* Bytes that forward needs for up to n_tokens. Errors: ARGUMENT when the size overflows. */
 MOE4_API moe4_status moe4_linear_workspace_bytes(const moe4_linear *linear, size_t *bytes_ret, size_t n_tokens);
-/* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's. n_saturated_ret (or NULL; host memory) counts
- * saturated blocks of x, once for all matrices. Errors: ARGUMENT (a NULL, a workspace too small: both numbers), DEVICE. */
+/* y[i][T, N_i] = x[T,K] @ W_i^T for each matrix. Properties as moe4_moe_forward's; but where a device leaves many bf16 rows in w4a16 to
+ * cuBLAS (docs/hopper.md), a row's last bits may depend on T. n_saturated_ret (or NULL; host memory) counts saturated blocks of x, once for
+ * all matrices. Errors: ARGUMENT (a NULL, a workspace too small: both numbers), DEVICE. */
 MOE4_API moe4_status moe4_linear_forward(const moe4_linear *linear, void *const *y, uint64_t *n_saturated_ret, const void *x,
                                          size_t n_tokens, const moe4_workspace *workspace, void *stream);
 

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#define MOE4_NO_CALLS /* divide as the prefill kernel has it */
 #include "../src/cuda/nvfp4.cuh"
 #include "cuda_run.cuh"
 
@@ -200,17 +201,16 @@ static outputs forward(moe4_layer_run r, bool sm90, const float *weights) {
     CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     if (r.n_windows) {
         run_windows(r, sms, y, MOE4_F32, weights, 0);
-    } else if (r.prefill_from && r.act == MOE4_ACT_W4A16) {
+    } else if (r.prefill_from && r.act != MOE4_ACT_TENSOR) {
         CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
         CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
     } else if (r.prefill_from) {
-        bool tensor = r.act == MOE4_ACT_TENSOR;
-        CUDA(moe4_cuda_decode_sm90(&r, tensor ? MOE4_PHASE_GATE_UP : MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
+        CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP, sms, 0));
         CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP, sms, 0));
         CUDA(moe4_cuda_prefill_h_amax(&r, 0));
-        if (tensor) CUDA(moe4_cuda_quantize_h(&r, 0));
+        CUDA(moe4_cuda_quantize_h(&r, 0));
         CUDA(moe4_cuda_prefill_quantize_h(&r, 0));
-        if (tensor) CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, sms, 0));
+        CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_DOWN, sms, 0));
         CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, sms, 0));
     } else if (sm90 && r.act != MOE4_ACT_TENSOR) {
         CUDA(moe4_cuda_decode_sm90(&r, MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN, sms, 0));
@@ -467,6 +467,29 @@ static void run_case(const shape_case &c, bool sm90) {
         }
 }
 
+/* divide by each positive fp32 number, or by every step-th. */
+static __global__ void divide_kernel(unsigned long long *n_wrong, uint32_t step) {
+    unsigned long long wrong = 0;
+    for (uint64_t i = 1 + (blockIdx.x * (uint64_t)blockDim.x + threadIdx.x) * step; i < 0x7F800000u;
+         i += (uint64_t)gridDim.x * blockDim.x * step) {
+        float b = __uint_as_float((uint32_t)i);
+        wrong += divide(1.f, b) != __fdiv_rn(1.f, b);
+        wrong += divide(2688.f, b) != __fdiv_rn(2688.f, b);
+    }
+    if (wrong) atomicAdd(n_wrong, wrong);
+}
+
+static void divide_checks(uint32_t step) {
+    unsigned long long *n_wrong = poisoned<unsigned long long>(1);
+    CUDA(cudaMemset(n_wrong, 0, sizeof *n_wrong));
+    int blocks = step == 1 ? 2048 : 8;
+    divide_kernel<<<blocks, 256>>>(n_wrong, step);
+    CUDA(cudaGetLastError());
+    unsigned long long wrong = to_host(n_wrong, 1)[0];
+    check(wrong == 0, "divide", "quotients that are not the nearest", (double)wrong, 0);
+    CUDA(cudaFree(n_wrong));
+}
+
 int main(int argc, char **argv) {
     bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
     least = argc > 1 && strcmp(argv[1], "--least") == 0;
@@ -491,9 +514,11 @@ int main(int argc, char **argv) {
         {"25 slots an expert", 1168, 80, 2, 25, 1, 1, false},
         {"17 slots an expert", 1104, 1088, 2, 17, 1, 1, false},
         {"512 experts", 64, 48, 512, 130, 8, 0, false},
+        {"h of more than 2048", 48, 2192, 2, 90, 1, 1, false},
         {"edges of tiles", 272, 144, N_EDGES, EDGE_TOKENS, 1, 4, false},
     };
     static const int slots[] = {1, 7, 8, 9, 15, 16, 23}; /* of the one expert that is hit; the cases above have 17, 24 and 25 */
+    divide_checks(quick || least ? 1000003 : 1);
     if (least) run_case({"least", 80, 48, 2, 40, 1, 0, false}, sm90);
     for (int i = 0; i < 7 && !least; i++) run_case({"slots per expert", 80, 48, 3, slots[i], 1, 1, false}, sm90);
     int n = least ? 0 : quick ? 4 : (int)(sizeof cases / sizeof *cases);

@@ -79,6 +79,7 @@ static void carve_run(moe4_layer_run *r) {
         r->max_prefill_tiles = (int)(slots / r->prefill_columns + (slots < (size_t)r->w.n ? slots : r->w.n));
         r->prefill_tiles = poisoned<moe4_tile>(r->max_prefill_tiles);
         r->prefill_done = poisoned<int>(r->max_prefill_tiles);
+        r->prefill_rounds = wide ? poisoned<int>(moe4_prefill_parts(slots, r->max_prefill_tiles)) : NULL;
         r->window_state = poisoned<moe4_run_state>(MOE4_MAX_WINDOWS);
         r->window_tiles = poisoned<moe4_tile>((size_t)MOE4_MAX_WINDOWS * r->max_prefill_tiles);
         r->x_places = poisoned<moe4_prefill_place>(slots);
@@ -106,11 +107,11 @@ static void run_windows(const moe4_layer_run &r, int sms, void *y, moe4_dtype y_
 }
 
 static void free_run(moe4_layer_run *r) {
-    void *all[] = {r->state,        r->tiles,        r->slots,        r->expert_slots, r->x,        r->x_factor,
-                   r->x_saturated,  r->x_bad,        r->x_amax,       r->h_wide,       r->h_amax,   r->h,
-                   r->h_factor,     r->h_saturated,  r->done,         r->ready,        r->o,        r->prefill_tiles,
-                   r->share_counts, r->window_state, r->window_tiles, r->prefill_done, r->x_places, r->x_tiles,
-                   r->h_tiles};
+    void *all[] = {r->state,        r->tiles,         r->slots,        r->expert_slots, r->x,        r->x_factor,
+                   r->x_saturated,  r->x_bad,         r->x_amax,       r->h_wide,       r->h_amax,   r->h,
+                   r->h_factor,     r->h_saturated,   r->done,         r->ready,        r->o,        r->prefill_tiles,
+                   r->share_counts, r->window_state,  r->window_tiles, r->prefill_done, r->x_places, r->x_tiles,
+                   r->h_tiles,      r->prefill_rounds};
     for (void *p : all) CUDA(cudaFree(p));
 }
 

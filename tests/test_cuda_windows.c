@@ -99,6 +99,7 @@ cudaError_t moe4_cuda_prefill_h_amax(const struct moe4_layer_run *r, cudaStream_
 }
 cudaError_t moe4_cuda_prefill_quantize_h(const struct moe4_layer_run *r, cudaStream_t s) {
     (void)s;
+    assert_true(r->n_windows || r->act == MOE4_ACT_TENSOR); /* elsewhere the prefill kernel rounds h itself */
     if (r->n_windows) assert_int_equal(seen.windows_done, r->n_windows);
     return cudaSuccess;
 }
@@ -109,6 +110,8 @@ cudaError_t moe4_cuda_prefill_sm90(const struct moe4_layer_run *r, int phases, i
     size_t x_row = (size_t)r->w.hidden_units * MOE4_UNIT_K * 2, slots = (size_t)r->n_tokens * (size_t)r->top_k;
     size_t h_bytes = moe4_prefill_rows(slots, (size_t)r->w.n) * (size_t)r->w.intermediate_units * MOE4_UNIT_K * 2;
     inside(r->h_tiles, h_bytes);
+    if (phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && r->act != MOE4_ACT_W4A16)
+        inside(r->prefill_rounds, moe4_prefill_parts(slots, (size_t)r->max_prefill_tiles) * sizeof *r->prefill_rounds);
     if (phases & MOE4_PHASE_GATE_UP) {
         size_t first = (size_t)r->window * (size_t)r->window_slots, n = r->n_windows ? (size_t)r->window_slots + 256 : slots;
         const char *x = (const char *)((uintptr_t)r->x_tiles + first * x_row);

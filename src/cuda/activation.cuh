@@ -82,10 +82,10 @@ static __device__ __forceinline__ float encode_scale(moe4_act act, uint32_t amax
                                                      float *decode) {
     if (act == MOE4_ACT_STATIC) {
         *decode = input_scale[expert];
-        return fminf(__fdiv_rn(1.f, *decode), FLT_MAX);
+        return fminf(divide(1.f, *decode), FLT_MAX);
     }
     float S = activation_encode_scale(__uint_as_float(amax_bits));
-    *decode = __fdiv_rn(1.f, S);
+    *decode = divide(1.f, S);
     return S;
 }
 

@@ -62,6 +62,7 @@ struct moe4_run_state {
     int by_rows;  /* a call with rows that stand with their experts, n_tokens of them, */
     int n_summed; /* into so many tokens */
     int n_prefill_tiles, prefill_ticket;
+    int rounds_posted, rounds_taken; /* parts of h that the prefill kernel rounds */
 };
 
 /* Matrices of n experts, packed (nvfp4.cuh has the layout): alpha = global scale * MOE4_DECODE_FACTOR. Unquantized ones, when the run's
@@ -149,7 +150,7 @@ struct moe4_layer_run {
     /* where experts may take the prefill kernel */
     struct moe4_tile *prefill_tiles; /* [max_prefill_tiles]; the other list has the other experts' */
     int max_prefill_tiles;
-    int *prefill_done;                   /* [max_prefill_tiles] gate/up items that have finished */
+    int *prefill_done;                   /* [max_prefill_tiles] gate/up items that have finished, and parts that are rounded */
     struct moe4_prefill_place *x_places; /* [n_slots], by slot */
     /* A large batch whose experts all take it goes by windows of its sorted slots, of which x_tiles has one at a time, and by slices of
      * down's rows, of which o has one at a time, in the same memory. 0 windows: neither. */
@@ -160,6 +161,7 @@ struct moe4_layer_run {
     struct moe4_run_state *window_state; /* [n_windows], in place of state for gate/up, */
     struct moe4_tile *window_tiles;      /* [n_windows, max_prefill_tiles], and of prefill_tiles */
     moe4_bf16 *x_tiles, *h_tiles;        /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
+    int *prefill_rounds;                 /* [moe4_prefill_parts(…)] 0, or which tile's part has been posted; NULL in W4A16 */
 };
 
 /* h_wide is full of marks after `prepare`. */
@@ -195,6 +197,12 @@ static inline MOE4_ON_DEVICE int moe4_cuda_rows_are_slots(const struct moe4_laye
 /* Columns that all tiles of a run may need, their padding included. */
 static inline size_t moe4_prefill_rows(size_t n_slots, size_t n_experts) {
     return n_slots + 15 * n_experts + 16;
+}
+
+/* Parts of tiles whose h is rounded, and at most how many a tile has. */
+#define MOE4_MOST_ROUND_PARTS 16
+static inline MOE4_ON_DEVICE size_t moe4_prefill_parts(size_t n_slots, size_t n_tiles) {
+    return n_slots / 16 + n_tiles;
 }
 
 /* The run for gate/up of a window, and for down of a slice, whose o has a slice's width. */
@@ -254,9 +262,10 @@ cudaError_t moe4_cuda_down_wide(const struct moe4_layer_run *run, cudaStream_t s
 enum { MOE4_PHASE_GATE_UP = 1, MOE4_PHASE_DOWN = 2 };
 cudaError_t moe4_cuda_decode_sm90(const struct moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream);
 
-/* The same for the tiles of prefill_tiles. NVFP4 modes: gate/up leaves h_wide alone, and the rounding is a step of its own. */
 /* x_tiles from x, whose rows have `units` units of 64 k. */
 cudaError_t moe4_cuda_prefill_gather(const struct moe4_layer_run *run, int units, cudaStream_t stream);
+/* The same products for the tiles of prefill_tiles. A launch of both phases rounds h in between, in STATIC and TOKEN; where gate/up goes by
+ * itself, it leaves h in h_wide for a rounding that is a step of its own. */
 cudaError_t moe4_cuda_prefill_sm90(const struct moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream);
 cudaError_t moe4_cuda_prefill_h_amax(const struct moe4_layer_run *run, cudaStream_t stream); /* TENSOR: before moe4_cuda_quantize_h */
 cudaError_t moe4_cuda_prefill_quantize_h(const struct moe4_layer_run *run, cudaStream_t stream);

@@ -159,9 +159,9 @@ static struct moe4_layer_run from_h(const struct moe4_layer_run *run) {
     return r;
 }
 
-/* Whether prefill goes on from gate/up to down: where h needs no rounding, and x and o have their own memory. */
+/* Whether prefill goes on from gate/up to down: where h waits for its own tile alone, and x and o have their own memory. */
 static bool prefill_is_fused(const struct moe4_layer_run *run) {
-    return run->act == MOE4_ACT_W4A16 && !run->n_windows;
+    return run->act != MOE4_ACT_TENSOR && !run->n_windows;
 }
 
 static cudaError_t prefill_gate_up(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {
@@ -197,7 +197,7 @@ static cudaError_t quantize_h(const struct moe4_layer_run *run, const struct moe
         struct moe4_layer_run r = from_h(run);
         error = moe4_cuda_quantize_h(&r, stream);
     }
-    return error == cudaSuccess && run->prefill_from ? moe4_cuda_prefill_quantize_h(run, stream) : error;
+    return error == cudaSuccess && run->prefill_from && !prefill_is_fused(run) ? moe4_cuda_prefill_quantize_h(run, stream) : error;
 }
 
 static cudaError_t down(const struct moe4_layer_run *run, const struct moe4_cuda_device *device, cudaStream_t stream) {

@@ -86,9 +86,23 @@ static __device__ __forceinline__ float e4m3_value(uint8_t byte) {
     return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
 }
 
+/* a / b to nearest even, b not 0. */
+static __device__ __forceinline__ float divide(float a, float b) {
+#ifdef MOE4_NO_CALLS /* ptxas serialises wgmma beside one */
+    double y, d = b; /* a quotient is no nearer than 2^-49 of itself to the middle of two fp32 numbers, and q is off by less than 2^-51 */
+    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(d));
+    y = fma(y, fma(-d, y, 1.), y);
+    y = fma(y, fma(-d, y, 1.), y);
+    double q = __dmul_rn(a, y);
+    return (float)fma(y, fma(-d, q, (double)a), q);
+#else
+    return __fdiv_rn(a, b);
+#endif
+}
+
 /* Recipe `activation` of docs/numerics.md. */
 static __device__ __forceinline__ float activation_encode_scale(float amax) {
-    return amax == 0.f ? 1.f : fminf(__fdiv_rn(2688.f, amax), FLT_MAX);
+    return amax == 0.f ? 1.f : fminf(divide(2688.f, amax), FLT_MAX);
 }
 
 struct activation_block {
@@ -104,7 +118,7 @@ static __device__ __forceinline__ activation_block activation_block_scale(float 
     b.byte = e4m3_round(q);
     b.saturated = q > 464.f;
     b.scale = e4m3_value(b.byte);
-    b.factor = b.byte ? fminf(__fdiv_rn(1.f, __fmul_rn(b.scale, __fdiv_rn(1.f, S))), FLT_MAX) : 0.f;
+    b.factor = b.byte ? fminf(divide(1.f, __fmul_rn(b.scale, divide(1.f, S))), FLT_MAX) : 0.f;
     return b;
 }
 

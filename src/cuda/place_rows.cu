@@ -88,7 +88,7 @@ static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_cons
         for (int i = lane; i < n; i += 32) run.slots[first[e] + i] = slot_of(run, e, i);
     }
     for (int i = threadIdx.x; i < n_tiles; i += THREADS) run.done[i] = run.ready[i] = 0;
-    for (int i = threadIdx.x; i < n_prefill_tiles; i += THREADS) run.prefill_done[i] = 0;
+    if (run.prefill_from) begin_prefill(run, (int)threadIdx.x, THREADS, n_prefill_tiles, n_slots);
     if (run.h_amax)
         for (int i = threadIdx.x; i < n_slots; i += THREADS) {
             run.h_amax[i] = 0;
@@ -96,7 +96,7 @@ static __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_cons
         }
     if (threadIdx.x == 0) {
         int by_rows = run.slots_are != MOE4_SLOTS_BY_ID;
-        *run.state = {run.owner, run.n_tokens, n_tiles, n_slots, hit, 0, by_rows, run.n_summed, n_prefill_tiles, 0};
+        *run.state = {run.owner, run.n_tokens, n_tiles, n_slots, hit, 0, by_rows, run.n_summed, n_prefill_tiles, 0, 0, 0};
     }
 }
 

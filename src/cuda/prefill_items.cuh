@@ -8,14 +8,15 @@
 
 #define PREFILL_ITEMS 2 /* the one that is consumed and the next */
 #define PREFILL_LOADERS 128
-#define WEIGHT_WARPS 2  /* of the loaders */
-#define PREFILL_AHEAD 6 /* units of an item that are still to be loaded when the next is drawn */
+#define WEIGHT_WARPS 2 /* of the loaders */
 
 #define PREFILL_FEWEST 16 /* columns of a product: fewer take as long */
 
+#define PREFILL_ROUND (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) /* phase of an item: some of a tile's rows of h are rounded */
+
 /* A kernel: its consuming warpgroups, the row tiles of 64 that each has of an item, the columns that an item may have, and the units of k
  * in a stage. A stage is the activations of the columns, the weights of the row tiles, two barriers; a row tile's units are one copy. */
-template <int GROUPS, int TILES, int COLUMNS, int UNITS> struct prefill_shape {
+template <int GROUPS, int TILES, int COLUMNS, int UNITS, bool ROUNDS> struct prefill_shape {
     static constexpr int groups = GROUPS, tiles = TILES, columns = COLUMNS, units = UNITS;
     static constexpr int threads = GROUPS * 128 + PREFILL_LOADERS;
     static constexpr int row_tiles = GROUPS * TILES, tile_bytes = UNITS * MOE4_UNIT_BYTES; /* of an item; of a row tile in a stage */
@@ -24,6 +25,9 @@ template <int GROUPS, int TILES, int COLUMNS, int UNITS> struct prefill_shape {
     static constexpr int left = 227 * 1024 - 1024 - PREFILL_ITEMS * COLUMNS * 8 - 512; /* beside what prefill_shared takes */
     static constexpr int n_fit = left / stage_bytes, n_stages = n_fit < 12 ? n_fit : 12;
     static constexpr int shared_bytes = 1024 + n_stages * stage_bytes;
+    static constexpr bool rounds = ROUNDS;                               /* h to NVFP4 between gate/up and down */
+    static constexpr int round_rows = GROUPS * 4 * (TILES == 2 ? 2 : 4); /* of h that an item rounds: more are fewer items, less even */
+    static constexpr int ahead = ROUNDS ? 20 : 6; /* units of an item that are still to be loaded when the next is drawn */
     static constexpr int launch_registers = 512 / (GROUPS + 1) & ~7; /* of a thread, before loaders give some to consumers */
     static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152;
     static constexpr int loader_registers = (GROUPS + 1) * launch_registers - GROUPS * consumer_registers;
@@ -32,9 +36,9 @@ template <int GROUPS, int TILES, int COLUMNS, int UNITS> struct prefill_shape {
 
 struct prefill_item {
     moe4_tile tile;
-    int phase;      /* 0: no more work */
+    int phase;      /* of the run, or PREFILL_ROUND; 0: no more work */
     int index;      /* of the tile */
-    int row_tile;   /* first of the item's */
+    int row_tile;   /* first of the item's; PREFILL_ROUND: first row of h */
     int n_tiles;    /* row tiles */
     int units;      /* of k */
     int nt;         /* columns, rounded up */
@@ -81,21 +85,68 @@ template <class S> static __device__ __forceinline__ prefill_item place_item(con
     return item;
 }
 
-/* The item that the consumers are at, if they have ended it: where it was gate/up, the other blocks learn that its h is there. */
-template <class S> struct item_end {
-    prefill_ring at;
-    int n; /* drawn and not ended */
-    __device__ __forceinline__ bool is_there(prefill_shared<S> *s) const {
-        return n && mbarrier_test(smem_address(&s->item_empty[at.i]), at.parity);
+/* Rounding: who ends the last gate/up item of a tile posts its rows, so many at a time, and whoever draws next takes them before anything
+ * else; nothing waits for them but down. A tile may be read when its count is all of gate/up and all of those parts. */
+template <class S> static __device__ __forceinline__ int round_parts(const moe4_tile &tile) {
+    return (tile.n + S::round_rows - 1) / S::round_rows;
+}
+
+template <class S> static __device__ __forceinline__ void post_rounds(const moe4_layer_run &run, int tile_index, int parts) {
+    int *to = run.prefill_rounds + atomicAdd(&run.state->rounds_posted, parts);
+    for (int i = 0; i < parts; i++) store_release(to + i, 1 + tile_index * MOE4_MOST_ROUND_PARTS + i);
+}
+
+template <class S> static __device__ __forceinline__ bool take_round(const moe4_layer_run &run, prefill_item *item) {
+    int taken = load_relaxed_4(&run.state->rounds_taken), part;
+    if (taken >= load_relaxed_4(&run.state->rounds_posted)) return false;
+    if (atomicCAS(&run.state->rounds_taken, taken, taken + 1) != taken) return false; /* the next time */
+    while ((part = load_acquire(run.prefill_rounds + taken)) == 0) {
     }
-    __device__ __forceinline__ void tell(const moe4_layer_run &run, prefill_shared<S> *s) {
-        mbarrier_wait(smem_address(&s->item_empty[at.i]), at.parity);
-        if (s->item[at.i].phase == MOE4_PHASE_GATE_UP) {
-            fence_proxy_async(); /* h will be read by bulk copies */
-            add_release(run.prefill_done + s->item[at.i].index, s->item[at.i].n_tiles);
-        }
-        at.next(PREFILL_ITEMS);
+    item->phase = PREFILL_ROUND;
+    item->index = (part - 1) / MOE4_MOST_ROUND_PARTS;
+    item->tile = run.prefill_tiles[item->index];
+    item->row_tile = (part - 1) % MOE4_MOST_ROUND_PARTS * S::round_rows; /* the first of its rows */
+    return true;
+}
+
+/* The items that a block has been given and has not ended. */
+template <class S> struct item_queue {
+    prefill_ring at, end; /* the next to be placed, and to end */
+    int n;
+
+    __device__ __forceinline__ bool has_ended(prefill_shared<S> *s) const {
+        return n && mbarrier_test(smem_address(&s->item_empty[end.i]), end.parity);
+    }
+    /* Waits for the first one's end; the other blocks learn what they may read. */
+    __device__ __forceinline__ void finish(const moe4_layer_run &run, prefill_shared<S> *s) {
+        mbarrier_wait(smem_address(&s->item_empty[end.i]), end.parity);
+        const prefill_item &item = s->item[end.i];
+        int phase = item.phase, n_tiles = item.n_tiles, index = item.index, parts = round_parts<S>(item.tile);
+        end.next(PREFILL_ITEMS);
         n--;
+        if (phase == MOE4_PHASE_DOWN) return;
+        fence_proxy_async(); /* h will be read by bulk copies */
+        if (phase == PREFILL_ROUND)
+            add_release(run.prefill_done + index, 1);
+        else if (!S::rounds)
+            add_release(run.prefill_done + index, n_tiles);
+        else if (add_acq_rel(run.prefill_done + index, n_tiles) + n_tiles == run.w.gate_up_tiles)
+            post_rounds<S>(run, index, parts);
+    }
+    /* Waits for room first. What the item before has made is told as soon as it ends. */
+    __device__ __forceinline__ void place(const moe4_layer_run &run, prefill_shared<S> *s, const prefill_item &item) {
+        while (n == PREFILL_ITEMS) finish(run, s);
+        s->item[at.i] = item;
+        mbarrier_arrive(smem_address(&s->item_full[at.i]));
+        at.next(PREFILL_ITEMS);
+        n++;
+        while (n == PREFILL_ITEMS) finish(run, s);
+    }
+    /* The consumers end. */
+    __device__ __forceinline__ void place_last(const moe4_layer_run &run, prefill_shared<S> *s) {
+        s->item[at.i].phase = 0;
+        mbarrier_arrive(smem_address(&s->item_full[at.i]));
+        while (n) finish(run, s);
     }
 };
 
@@ -103,25 +154,27 @@ template <class S> struct item_end {
  * tells when gate/up is done, so that no warpgroup waits until its stores have arrived; while it waits for others, others may wait for
  * that. */
 template <class S> static __device__ __forceinline__ void draw_items(const moe4_layer_run &run, int phases, prefill_shared<S> *s) {
-    prefill_ring at = {0, 0};
-    item_end<S> end = {{0, 0}, 0};
+    item_queue<S> queue = {{0, 0}, {0, 0}, 0};
     for (uint32_t parity = 0;; parity ^= 1) {
+        prefill_item item, part;
         mbarrier_wait(smem_address(&s->wanted), parity);
-        prefill_item item = place_item<S>(run, phases, atomicAdd(&run.state->prefill_ticket, 1));
-        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP)
-            while (load_acquire(run.prefill_done + item.index) < run.w.gate_up_tiles) {
-                if (end.is_there(s))
-                    end.tell(run, s);
+        while (S::rounds && take_round<S>(run, &part)) queue.place(run, s, part);
+        item = place_item<S>(run, phases, atomicAdd(&run.state->prefill_ticket, 1));
+        if (item.phase == MOE4_PHASE_DOWN && phases & MOE4_PHASE_GATE_UP) {
+            int all = run.w.gate_up_tiles + (S::rounds ? round_parts<S>(item.tile) : 0);
+            while (load_acquire(run.prefill_done + item.index) < all) {
+                if (queue.has_ended(s))
+                    queue.finish(run, s);
+                else if (S::rounds && take_round<S>(run, &part))
+                    queue.place(run, s, part);
                 else
                     __nanosleep(32);
             }
-        s->item[at.i] = item;
-        mbarrier_arrive(smem_address(&s->item_full[at.i]));
-        at.next(PREFILL_ITEMS);
-        if (item.phase) end.n++;
-        while (end.n > (item.phase ? PREFILL_ITEMS - 1 : 0)) end.tell(run, s);
-        if (!item.phase) return;
+        }
+        if (!item.phase) break;
+        queue.place(run, s, item);
     }
+    queue.place_last(run, s);
 }
 
 /* Position in the ring of stages: where the stage stands in shared memory, its phase, and how many are left to the ring's end. */
@@ -146,15 +199,17 @@ template <class S> static __device__ __forceinline__ void load_rows(const moe4_l
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
         prefill_item item = s->item[at.i];
-        at.next(PREFILL_ITEMS);
         if (!item.phase) return;
+        if (S::rounds) mbarrier_arrive(smem_address(&s->columns_full[at.i]));
+        at.next(PREFILL_ITEMS);
+        if (S::rounds && item.phase == PREFILL_ROUND) continue; /* nobody wanted it */
         bool down = item.phase == MOE4_PHASE_DOWN;
         if (down) fence_proxy_async(); /* h came by ordinary stores */
         uint32_t unit_bytes = (uint32_t)item.nt * 128;
         const uint8_t *rows = (const uint8_t *)prefill_tile(down ? run.h_tiles : run.x_tiles, item.tile, item.units);
         bool wants = true;
         for (int u = 0; u < item.units; u += S::units) {
-            if (wants && u + PREFILL_AHEAD >= item.units) {
+            if (wants && u + S::ahead >= item.units) {
                 mbarrier_arrive(smem_address(&s->wanted));
                 wants = false;
             }
@@ -202,10 +257,11 @@ static __device__ __forceinline__ void load_items(const moe4_layer_run &run, pre
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
         prefill_item item = s->item[at.i];
         if (!item.phase) return;
-        if (t % 32 == 0) load_weights<S>(run, item, t / 32, &stage, once);
+        bool rounds = S::rounds && item.phase == PREFILL_ROUND; /* no weights, and no columns but h's */
+        if (t % 32 == 0 && !rounds) load_weights<S>(run, item, t / 32, &stage, once);
         __syncwarp();
         bool down = item.phase == MOE4_PHASE_DOWN;
-        for (int c = t; c < item.tile.n; c += 32 * WEIGHT_WARPS) {
+        for (int c = t; c < item.tile.n && !rounds; c += 32 * WEIGHT_WARPS) {
             int r = item.tile.first + c, slot = run.slots[r];
             const float *factor = down ? run.h_factor : run.x_factor; /* in w4a16 too, where rows come in NVFP4 */
             column *to = &s->columns[at.i][c];

@@ -2,16 +2,19 @@
  *
  *   Weights are wgmma's A, decoded from packed NVFP4 into registers while the wgmma before run; activations are B, up to 256 slots of an
  *   expert in shared memory. Tickets 0 .. G-1 are gate/up items (128 to 384 rows x the slots of a tile), the next are down items, which
- *   wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2.
+ *   wait until their tile's h is there. An expert's items are neighbours, so that its weights and rows meet in L2. In the modes that round
+ *   h, parts of a tile's rows are items too, as soon as its gate/up is done.
  *
- *   2 or 3 warpgroups  consume, a row tile of 64 each; two each where a tile has few columns
+ *   2 or 3 warpgroups  consume, a row tile of 64 each; two each where a tile has few columns; or round h, a warp a row
  *   a warp             draws tickets, and tells the other blocks when gate/up is done
  *   a warp             fills a ring of stages with activations by bulk copies
  *   two warps          fill the same stages with packed weights, and look up what the end of an item needs: rows, slots, factors
  *
  * Activations stand in memory as wgmma wants them in shared memory (prefill.cuh): prepare.cu and round_rows.cu put x so, gate/up h. */
+#define MOE4_NO_CALLS
 #include "launch.cuh"
 #include "prefill_product.cuh"
+#include "prefill_rounds.cuh"
 #include "prefill_store.cuh"
 
 /* threadIdx.x, opaque: what depends on it cannot be computed ahead, in registers that the products need. */
@@ -60,10 +63,16 @@ template <class S> static __device__ __forceinline__ void consume_items(const mo
     prefill_ring at = {0, 0};
     for (;;) {
         mbarrier_wait(smem_address(&s->item_full[at.i]), at.parity);
-        if (!s->item[at.i].phase) return;
-        consume_item<S>(run, s, at, &self);
+        int phase = s->item[at.i].phase;
+        if (!phase) return;
+        if (S::rounds && phase == PREFILL_ROUND) {
+            mbarrier_wait(smem_address(&s->columns_full[at.i]), at.parity); /* the loaders have read the item */
+            round_rows<S>(run, s->item[at.i]);
+        } else {
+            consume_item<S>(run, s, at, &self);
+        }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(smem_address(&s->item_empty[at.i]));
+        if (S::rounds || lane == 0) mbarrier_arrive(smem_address(&s->item_empty[at.i])); /* every lane, so that racecheck follows */
         at.next(PREFILL_ITEMS);
     }
 }
@@ -81,8 +90,8 @@ static __global__ void __launch_bounds__(S::threads, 1) prefill_kernel(const __g
         }
         for (int i = 0; i < PREFILL_ITEMS; i++) {
             mbarrier_init(smem_address(&s.item_full[i]), 1);
-            mbarrier_init(smem_address(&s.item_empty[i]), S::groups * 4);
-            mbarrier_init(smem_address(&s.columns_full[i]), 32 * WEIGHT_WARPS);
+            mbarrier_init(smem_address(&s.item_empty[i]), S::groups * (S::rounds ? 128 : 4));
+            mbarrier_init(smem_address(&s.columns_full[i]), 32 * WEIGHT_WARPS + S::rounds);
         }
         mbarrier_init(smem_address(&s.wanted), 1);
         mbarrier_init_fence();
@@ -112,14 +121,19 @@ template <class S> static cudaError_t launch(const moe4_layer_run *run, int phas
     return moe4_cuda_launch_early(prefill_kernel<S>, dim3((unsigned)n_sms), S::threads, S::shared_bytes, stream, *run, phases);
 }
 
+template <bool ROUNDS> static cudaError_t launch_width(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
+    switch (run->prefill_columns) {
+    case 80: return launch<prefill_shape<3, 2, 80, 2, ROUNDS>>(run, phases, n_sms, stream);
+    case 192: return launch<prefill_shape<3, 1, 192, 2, ROUNDS>>(run, phases, n_sms, stream);
+    default: return launch<prefill_shape<2, 1, 256, 1, ROUNDS>>(run, phases, n_sms, stream);
+    }
+}
+
 cudaError_t moe4_cuda_prefill_sm90(const moe4_layer_run *run, int phases, int n_sms, cudaStream_t stream) {
     if (!(phases & MOE4_PHASE_GATE_UP)) { /* the tickets start again */
         cudaError_t error = cudaMemsetAsync(&run->state->prefill_ticket, 0, sizeof run->state->prefill_ticket, stream);
         if (error != cudaSuccess) return error;
     }
-    switch (run->prefill_columns) {
-    case 80: return launch<prefill_shape<3, 2, 80, 2>>(run, phases, n_sms, stream);
-    case 192: return launch<prefill_shape<3, 1, 192, 2>>(run, phases, n_sms, stream);
-    default: return launch<prefill_shape<2, 1, 256, 1>>(run, phases, n_sms, stream);
-    }
+    bool rounds = phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && run->act != MOE4_ACT_W4A16;
+    return rounds ? launch_width<true>(run, phases, n_sms, stream) : launch_width<false>(run, phases, n_sms, stream);
 }

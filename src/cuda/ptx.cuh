@@ -64,10 +64,21 @@ static __device__ __forceinline__ void store_release(int *p, int v) {
 static __device__ __forceinline__ void add_release(int *p, int v) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+/* The same; the old value is acquired. */
+static __device__ __forceinline__ int add_acq_rel(int *p, int v) {
+    int old;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
 
 /* Data that carries its own flag: each 32-bit word arrives whole, and in no order. */
 static __device__ __forceinline__ void store_relaxed_4(void *p, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+static __device__ __forceinline__ int load_relaxed_4(const int *p) {
+    int v;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
 }
 static __device__ __forceinline__ uint4 load_relaxed_16(const void *p) {
     uint4 v;

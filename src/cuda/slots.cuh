@@ -41,6 +41,13 @@ static __device__ __forceinline__ int x_row(const moe4_layer_run &run, int slot)
     return x_is_by_slot(run) ? slot : slot / run.top_k;
 }
 
+/* The prefill kernel's counters, by all of n_threads. */
+static __device__ __forceinline__ void begin_prefill(const moe4_layer_run &run, int thread, int n_threads, int n_tiles, int n_slots) {
+    for (int i = thread; i < n_tiles; i += n_threads) run.prefill_done[i] = 0;
+    if (run.prefill_rounds)
+        for (int i = thread; i < (int)moe4_prefill_parts((size_t)n_slots, (size_t)n_tiles); i += n_threads) run.prefill_rounds[i] = 0;
+}
+
 #define DECODE_STEP 1 /* tiles are split evenly in steps of so many columns */
 #define PREFILL_STEP 16
 

@@ -294,10 +294,10 @@ static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) 
     if (!run.prefill_from) return;
     list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, thread, n_threads);
     if (run.n_windows) list_windows(run, p, all.slots, thread, n_threads);
-    for (int i = thread; i < all.prefill_tiles; i += n_threads) run.prefill_done[i] = 0;
+    begin_prefill(run, thread, n_threads, all.prefill_tiles, all.slots);
     if (thread == 0) {
         run.state->n_prefill_tiles = all.prefill_tiles;
-        run.state->prefill_ticket = 0;
+        run.state->prefill_ticket = run.state->rounds_posted = run.state->rounds_taken = 0;
     }
 }
 
