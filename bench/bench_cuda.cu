@@ -41,7 +41,7 @@ struct variant {
     const char *name;
     bool portable, fused;
     int columns;
-    int stages;       /* bits: 1 prepare, 2 products, 4 combine; instead of 2: 8 gate/up, 16 down, 32 rounding h */
+    int stages;       /* bits: 1 prepare, 2 products, 4 combine; instead of 2: 8 gate/up, 16 down */
     int prefill_from; /* slots from which experts take the prefill kernel */
     int prefill_columns;
     routing slots_by;
@@ -49,17 +49,13 @@ struct variant {
     int windows, slices;
 };
 
-/* The products of a run that may have both kinds of experts. */
+/* The products of a run that may have both kinds of experts, or one of prefill's two. */
 static void mixed(const moe4_layer_run &r, int sms, int stages, cudaStream_t stream) {
-    bool decode = stages & 2 && r.prefill_from > 1, split = r.act == MOE4_ACT_TENSOR;
-    if (decode) CUDA(moe4_cuda_decode_sm90(&r, 3, sms, stream));
-    if (stages & 2 && !split) {
-        CUDA(moe4_cuda_prefill_sm90(&r, 3, sms, stream));
-        return;
-    }
-    if (stages & (2 | 8)) CUDA(moe4_cuda_prefill_sm90(&r, 1, sms, stream));
-    if (stages & (2 | 32)) CUDA(moe4_cuda_prefill_quantize_h(&r, stream));
-    if (stages & (2 | 16)) CUDA(moe4_cuda_prefill_sm90(&r, 2, sms, stream));
+    const int both = MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN;
+    if (stages & 2 && r.prefill_from > 1) CUDA(moe4_cuda_decode_sm90(&r, both, sms, stream));
+    if (stages & 2) CUDA(moe4_cuda_prefill_sm90(&r, both, sms, stream));
+    if (stages & 8) CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_GATE_UP, sms, stream));
+    if (stages & 16) CUDA(moe4_cuda_prefill_sm90(&r, MOE4_PHASE_DOWN, sms, stream));
 }
 
 static int pick(int n, routing by) {

@@ -1,5 +1,5 @@
-/* Linear on the device. NVFP4 matrices run as the down product of a layer with one expert that every token visits, h being x; unquantized
- * ones (router gates) as plain fp32 products. */
+/* Linear on the device. NVFP4 matrices run as the down product of a layer with one expert that every token visits, h being x, or with many
+ * rows by linear_decoded.c; unquantized ones (router gates) as plain fp32 products. */
 #include "linear.h"
 #include "nvfp4_layout.h"
 

@@ -1,5 +1,6 @@
-/* The rounding of h to NVFP4 for the rows whose products are the prefill kernel's: ROW_THREADS take a row of h_wide, find its largest
- * value, and write it where the prefill kernel reads it. In TENSOR the largest value of all rows is found between two such passes. */
+/* The rounding of h to NVFP4 for the rows whose products are the prefill kernel's, where that kernel does not do it itself: ROW_THREADS
+ * take a row of h_wide, find its largest value, and write it where the prefill kernel reads it. In TENSOR the largest value of all rows is
+ * found between two such passes. */
 #include "launch.cuh"
 #include "round_x.cuh"
 

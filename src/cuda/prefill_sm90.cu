@@ -14,6 +14,7 @@
 #define MOE4_NO_CALLS
 #include "launch.cuh"
 #include "prefill_product.cuh"
+#include "prefill_queue.cuh"
 #include "prefill_rounds.cuh"
 #include "prefill_store.cuh"
 
