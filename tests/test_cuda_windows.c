@@ -110,8 +110,11 @@ cudaError_t moe4_cuda_prefill_sm90(const struct moe4_layer_run *r, int phases, i
     size_t x_row = (size_t)r->w.hidden_units * MOE4_UNIT_K * 2, slots = (size_t)r->n_tokens * (size_t)r->top_k;
     size_t h_bytes = moe4_prefill_rows(slots, (size_t)r->w.n) * (size_t)r->w.intermediate_units * MOE4_UNIT_K * 2;
     inside(r->h_tiles, h_bytes);
-    if (phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && r->act != MOE4_ACT_W4A16)
-        inside(r->prefill_rounds, moe4_prefill_parts(slots, (size_t)r->max_prefill_tiles) * sizeof *r->prefill_rounds);
+    if (phases == (MOE4_PHASE_GATE_UP | MOE4_PHASE_DOWN) && r->act != MOE4_ACT_W4A16) { /* it rounds h, and posts parts of it */
+        size_t parts = moe4_prefill_parts(slots, (size_t)r->max_prefill_tiles);
+        inside(r->prefill_rounds, parts * sizeof *r->prefill_rounds);
+        assert_true((const char *)(r->prefill_rounds + parts) <= (const char *)r->x_places); /* what is carved next */
+    }
     if (phases & MOE4_PHASE_GATE_UP) {
         size_t first = (size_t)r->window * (size_t)r->window_slots, n = r->n_windows ? (size_t)r->window_slots + 256 : slots;
         const char *x = (const char *)((uintptr_t)r->x_tiles + first * x_row);
