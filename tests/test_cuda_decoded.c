@@ -115,7 +115,7 @@ static void test_graph(void **state) {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     for (int i = 0; i < 2; i++) {
-        ws[i] = (moe4_workspace){on_device(NULL, bytes, 0), bytes};
+        ws[i] = (moe4_workspace){on_device(NULL, bytes, 64), bytes}; /* no better aligned than it must be */
         y[i] = on_device(NULL, y_bytes, 0);
         assert_int_equal(cudaStreamCreateWithFlags(&stream[i], cudaStreamNonBlocking), cudaSuccess);
     }
@@ -142,7 +142,7 @@ static void test_graph(void **state) {
     cudaGraphDestroy(graph);
     for (int i = 0; i < 2; i++) {
         cudaStreamDestroy(stream[i]);
-        free_device(ws[i].data, 0);
+        free_device(ws[i].data, 64);
         free_device(y[i], 0);
     }
     free_device(x, 0);

@@ -13,7 +13,8 @@
 #include "cuda/linear.h"
 #include "cuda/nvfp4_layout.h"
 
-#define WORKSPACE ((char *)((uintptr_t)1 << 30))
+#define WORKSPACE ((char *)(((uintptr_t)1 << 30) + 64)) /* as a caller may align it; cuBLAS' own must be a multiple of 256 */
+#define BLAS_WORKSPACE (WORKSPACE + 192)
 #define PACKED ((const uint8_t *)((uintptr_t)1 << 40))
 #define X ((char *)((uintptr_t)1 << 41))
 #define Y(i) ((char *)((uintptr_t)(2 + (i)) << 42))
@@ -38,8 +39,8 @@ moe4_status moe4_fail(const moe4_ctx *ctx, moe4_status status, const char *fmt, 
 cudaError_t moe4_cuda_unpack(moe4_bf16 *values, const uint8_t *packed, int rows, int cols, int interleave, cudaStream_t stream) {
     (void)stream;
     size_t bytes = (size_t)rows * (size_t)cols * sizeof *values;
-    assert_ptr_equal(values, WORKSPACE + MOE4_CUBLAS_WORKSPACE);
-    assert_true(MOE4_CUBLAS_WORKSPACE + bytes <= moe4_cuda_decoded_bytes(given));
+    assert_ptr_equal(values, BLAS_WORKSPACE + MOE4_CUBLAS_WORKSPACE);
+    assert_true((size_t)((char *)values - WORKSPACE) + bytes <= moe4_cuda_decoded_bytes(given));
     assert_int_equal(cols, given->cols);
     assert_int_equal(interleave, 0);
     assert_int_equal(seen.row % MOE4_UNIT_ROWS, 0);
@@ -58,8 +59,8 @@ int moe4_cublas_product(struct moe4_cublas *blas, const struct moe4_cublas_call 
     assert_int_equal(c->y_ld, w->rows);
     assert_ptr_equal(c->x, X);
     assert_int_equal(c->x_ld, given->o.x_ld);
-    assert_ptr_equal(c->w, WORKSPACE + MOE4_CUBLAS_WORKSPACE);
-    assert_ptr_equal(c->workspace, WORKSPACE);
+    assert_ptr_equal(c->w, BLAS_WORKSPACE + MOE4_CUBLAS_WORKSPACE);
+    assert_ptr_equal(c->workspace, BLAS_WORKSPACE);
     assert_true(fabsf(c->alpha - w->global) == 0);
     assert_int_equal(c->N, seen.decoded);
     assert_int_equal(c->K, given->cols);
@@ -157,7 +158,7 @@ static void test_parts(void **state) {
         const struct moe4_linear_call c = {.linear = &l, .y = out, .x = X, .n_tokens = 4000, .workspace = WORKSPACE};
         given = &l;
         memset(&seen, 0, sizeof seen);
-        assert_int_equal(moe4_cuda_decoded_bytes(&l), MOE4_CUBLAS_WORKSPACE + ((size_t)128 << 20));
+        assert_int_equal(moe4_cuda_decoded_bytes(&l), 192 + MOE4_CUBLAS_WORKSPACE + ((size_t)128 << 20));
         assert_int_equal(moe4_cuda_decoded_forward(&c), MOE4_OK);
         assert_int_equal(seen.settled, 3);
     }

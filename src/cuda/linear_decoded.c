@@ -5,6 +5,7 @@
 #include "nvfp4_layout.h"
 
 #define DECODED_BYTES ((size_t)128 << 20) /* of a matrix at a time */
+#define BLAS_ALIGN 256                    /* of cuBLAS' workspace; a caller's is a multiple of 64 */
 
 /* Elements of all matrices up to which so few rows are enough: the kernels for few rows leave most multiprocessors idle there. */
 static const struct size { size_t up_to, tokens; } FEW[] = {{(size_t)1 << 23, 16}, {(size_t)1 << 24, 32}};
@@ -63,7 +64,7 @@ size_t moe4_cuda_decoded_bytes(const moe4_linear *l) {
     size_t rows = 0, part = part_rows(l);
     for (size_t i = 0; i < l->n_weights; i++)
         if (l->weight[i].rows > rows) rows = l->weight[i].rows;
-    return MOE4_CUBLAS_WORKSPACE + (rows < part ? rows : part) * l->cols * sizeof(moe4_bf16);
+    return BLAS_ALIGN - 64 + MOE4_CUBLAS_WORKSPACE + (rows < part ? rows : part) * l->cols * sizeof(moe4_bf16);
 }
 
 static moe4_status multiply(const struct moe4_linear_call *c, size_t i) {
@@ -71,7 +72,8 @@ static moe4_status multiply(const struct moe4_linear_call *c, size_t i) {
     const struct moe4_cuda_linear *p = l->prepared;
     const moe4_weight *w = &l->weight[i];
     const struct moe4_packed_experts *packed = &p->matrix[i].packed;
-    moe4_bf16 *values = (moe4_bf16 *)((char *)c->workspace + MOE4_CUBLAS_WORKSPACE);
+    char *blas_workspace = (char *)(((uintptr_t)c->workspace + BLAS_ALIGN - 1) & ~(uintptr_t)(BLAS_ALIGN - 1));
+    moe4_bf16 *values = (moe4_bf16 *)(blas_workspace + MOE4_CUBLAS_WORKSPACE);
     size_t part = part_rows(l), y_bytes = l->o.y_dtype == MOE4_F32 ? sizeof(float) : sizeof(moe4_bf16);
     for (size_t row = 0; row < w->rows; row += part) {
         int rows = (int)(w->rows - row < part ? w->rows - row : part);
@@ -87,7 +89,7 @@ static moe4_status multiply(const struct moe4_linear_call *c, size_t i) {
                                            .T = (int)c->n_tokens,
                                            .N = rows,
                                            .K = (int)l->cols,
-                                           .workspace = c->workspace,
+                                           .workspace = blas_workspace,
                                            .stream = c->stream};
         int status = moe4_cublas_product(p->blas, &product);
         MOE4_CHECK(l->ctx, status == 0, MOE4_ERROR_DEVICE, "moe4_linear_forward: cuBLAS: status %d for %zu x %d x %zu", status, c->n_tokens,
