@@ -161,7 +161,7 @@ struct moe4_layer_run {
     struct moe4_run_state *window_state; /* [n_windows], in place of state for gate/up, */
     struct moe4_tile *window_tiles;      /* [n_windows, max_prefill_tiles], and of prefill_tiles */
     moe4_bf16 *x_tiles, *h_tiles;        /* x and h of those tiles, in the layout of prefill.cuh: moe4_prefill_rows(…) rows of padded K */
-    int *prefill_rounds;                 /* [moe4_prefill_parts(…)] 0, or which tile's part has been posted; NULL in W4A16 */
+    int *prefill_rounds;                 /* [moe4_prefill_parts(…)] 0, or which tile's part has been posted; NULL where it rounds none */
 };
 
 /* h_wide is full of marks after `prepare`. */

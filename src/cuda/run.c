@@ -156,7 +156,9 @@ void moe4_cuda_carve_run(struct moe4_carver *c, struct moe4_layer_run *r, bool w
         r->max_prefill_tiles = (int)tiles;
         r->prefill_tiles = moe4_carve(c, tiles, sizeof *r->prefill_tiles);
         r->prefill_done = moe4_carve(c, tiles, sizeof *r->prefill_done);
-        r->prefill_rounds = rounds_h && with_gate_up ? moe4_carve(c, moe4_prefill_parts(slots, tiles), sizeof *r->prefill_rounds) : NULL;
+        r->prefill_rounds = rounds_h && act_h != MOE4_ACT_TENSOR && with_gate_up
+                                ? moe4_carve(c, moe4_prefill_parts(slots, tiles), sizeof *r->prefill_rounds)
+                                : NULL;
         r->x_places = moe4_carve(c, slots, sizeof *r->x_places);
         if (takes_all)
             carve_windows(c, r, slots, experts);
