@@ -52,9 +52,8 @@ template <class S> struct item_queue {
         else if (add_acq_rel(run.prefill_done + index, n_tiles) + n_tiles == run.w.gate_up_tiles)
             post_rounds<S>(run, index, parts);
     }
-    /* Waits for room first. What the item before has made is told as soon as it ends. */
+    /* Waits afterwards until there is room for the next: so what the item before has made is told as soon as it ends. */
     __device__ __forceinline__ void place(const moe4_layer_run &run, prefill_shared<S> *s, const prefill_item &item) {
-        while (n == PREFILL_ITEMS) finish(run, s);
         s->item[at.i] = item;
         mbarrier_arrive(smem_address(&s->item_full[at.i]));
         at.next(PREFILL_ITEMS);
