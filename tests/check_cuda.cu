@@ -515,6 +515,8 @@ int main(int argc, char **argv) {
         {"17 slots an expert", 1104, 1088, 2, 17, 1, 1, false},
         {"512 experts", 64, 48, 512, 130, 8, 0, false},
         {"h of more than 2048", 48, 2192, 2, 90, 1, 1, false},
+        {"x of more than 8192", 8272, 48, 2, 65, 2, 0, false},
+        {"2048 experts", 64, 16, 2048, 130, 8, 0, false},
         {"edges of tiles", 272, 144, N_EDGES, EDGE_TOKENS, 1, 4, false},
     };
     static const int slots[] = {1, 7, 8, 9, 15, 16, 23}; /* of the one expert that is hit; the cases above have 17, 24 and 25 */

@@ -8,8 +8,7 @@
 
 #define SORT_THREADS 512
 #define SORT_WARPS (SORT_THREADS / 32)
-#define SORT_FEW 128   /* slots, at most SORT_THREADS */
-#define SORT_AT_ONCE 4 /* loads of a thread; all warps issue them, whether slots are there or not */
+#define SORT_FEW 128 /* slots, at most SORT_THREADS */
 
 /* Of experts: slots, tiles of decode and of prefill, experts hit. */
 struct sums {
@@ -102,33 +101,47 @@ static __device__ void sort_few(const moe4_layer_run &run) {
 
 /* Of each expert, in shared memory. */
 struct expert_places {
-    int *n;       /* slots */
-    int *first;   /* of its sorted slots */
-    int *next;    /* where its next slot of this block goes */
-    int *head[2]; /* first tile of decode's and of prefill's, also for experts that have none; [n]: all */
+    uint4 *by_warp; /* slots that each warp of this block places, a byte each */
+    int *n;         /* slots */
+    int *first;     /* of its sorted slots */
+    int *next;      /* where its first slot of this block goes */
+    int *head[2];   /* first tile of decode's and of prefill's, also for experts that have none; [n]: all */
 };
 
 static __host__ __device__ __forceinline__ size_t expert_places_bytes(int n) {
-    return (size_t)(5 * n + 2) * sizeof(int);
+    return (size_t)n * sizeof(uint4) + (size_t)(5 * n + 2) * sizeof(int);
 }
 
-static __device__ expert_places carve_places(int *memory, int n) {
-    return {memory, memory + n, memory + 2 * n, {memory + 3 * n, memory + 4 * n + 1}};
+static __device__ expert_places carve_places(uint4 *memory, int n) {
+    int *numbers = (int *)(memory + n);
+    return {memory, numbers, numbers + n, numbers + 2 * n, {numbers + 3 * n, numbers + 4 * n + 1}};
 }
+static_assert(SORT_WARPS == sizeof(uint4), "a byte for each warp");
 
-/* counts[e] += slots begin .. end - 1 of expert e, by the block; `after` gets those from `middle` on. */
+/* counts[e] += slots begin .. end - 1 of expert e, by the block; `after` gets those from `middle` on. AT_ONCE loads of a thread are under
+ * way together; all warps issue them, whether slots are there or not. */
+template <int AT_ONCE>
 static __device__ void count_slots(const moe4_layer_run &run, int *counts, int begin, int middle, int end, int *after) {
-    int e[SORT_AT_ONCE];
-    for (int s0 = begin + (int)threadIdx.x; s0 < end; s0 += SORT_THREADS * SORT_AT_ONCE) {
+    int e[AT_ONCE];
+    for (int s0 = begin + (int)threadIdx.x; s0 < end; s0 += SORT_THREADS * AT_ONCE) {
 #pragma unroll
-        for (int i = 0; i < SORT_AT_ONCE; i++) {
+        for (int i = 0; i < AT_ONCE; i++) {
             int s = s0 + i * SORT_THREADS;
             e[i] = s < end ? local_expert(run, s) : -1;
         }
 #pragma unroll
-        for (int i = 0; i < SORT_AT_ONCE; i++)
+        for (int i = 0; i < AT_ONCE; i++)
             if (e[i] >= 0) atomicAdd((s0 + i * SORT_THREADS < middle ? counts : after) + e[i], 1);
     }
+}
+
+static __device__ void count_slots(const moe4_layer_run &run, int *counts, int begin, int middle, int end, int *after) {
+    if (end - begin <= SORT_THREADS)
+        count_slots<1>(run, counts, begin, middle, end, after);
+    else if (end - begin <= 4 * SORT_THREADS)
+        count_slots<4>(run, counts, begin, middle, end, after);
+    else
+        count_slots<8>(run, counts, begin, middle, end, after);
 }
 
 /* Where there are very many slots, other blocks have counted shares of them before. */
@@ -160,6 +173,7 @@ static __device__ void count_all(const moe4_layer_run &run, const expert_places 
         }
         p.n[e] = all;
         p.next[e] = next;
+        p.by_warp[e] = make_uint4(0, 0, 0, 0);
     }
     __syncthreads();
     count_slots(run, p.next, before * share, begin, share ? begin : n, p.n);
@@ -208,24 +222,29 @@ static __device__ moe4_prefill_place find_place(const moe4_layer_run &run, const
             (uint16_t)(run.n_windows ? tile.first / run.window_slots : 0)};
 }
 
-/* The block's own slots, a warp after the other. */
-static __device__ void place_slots(const moe4_layer_run &run, const expert_places &p, int begin, int end) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int s0 = begin; s0 < end; s0 += SORT_THREADS) {
-        int s = s0 + threadIdx.x, e = s < end ? local_expert(run, s) : -1, at = 0;
-        uint32_t peers = __match_any_sync(0xFFFFFFFFu, e);
-        int rank = __popc(peers & ((1u << lane) - 1));
-        for (int w = 0; w * 32 < min(end - s0, SORT_THREADS); w++) {
-            if (w == warp) {
-                if (e >= 0) at = p.next[e] + rank;
-                __syncwarp();
-                if (e >= 0 && rank == 0) p.next[e] += __popc(peers);
-            }
-            __syncthreads();
-        }
-        if (e >= 0) run.slots[at] = s;
-        if (run.prefill_from && s < end) run.x_places[s] = e < 0 ? moe4_prefill_place{-1, 0, 0, 0} : find_place(run, p, e, at - p.first[e]);
+/* Of what warps count, a byte each, those before `warp`. */
+static __device__ int sum_before(uint4 by_warp, int warp) {
+    uint32_t word[4] = {by_warp.x, by_warp.y, by_warp.z, by_warp.w}, sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int n = min(max(warp - 4 * i, 0), 4);
+        sum = __dp4a(n == 4 ? word[i] : word[i] & ((1u << 8 * n) - 1), 0x01010101u, sum);
     }
+    return (int)sum;
+}
+
+/* The block's own slots, one a thread. */
+static __device__ void place_slots(const moe4_layer_run &run, const expert_places &p, int begin, int end) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, s = begin + (int)threadIdx.x, e = s < end ? local_expert(run, s) : -1, at = 0;
+    uint32_t peers = __match_any_sync(0xFFFFFFFFu, e);
+    int rank = __popc(peers & ((1u << lane) - 1));
+    if (e >= 0 && rank == 0) ((uint8_t *)(p.by_warp + e))[warp] = (uint8_t)__popc(peers);
+    __syncthreads();
+    if (e >= 0) {
+        at = p.next[e] + sum_before(p.by_warp[e], warp) + rank;
+        run.slots[at] = s;
+    }
+    if (run.prefill_from && s < end) run.x_places[s] = e < 0 ? moe4_prefill_place{-1, 0, 0, 0} : find_place(run, p, e, at - p.first[e]);
 }
 
 /* The expert whose tile `i` of a list is, or whose sorted slot. */
@@ -280,11 +299,14 @@ static __device__ void list_windows(const moe4_layer_run &run, const expert_plac
     }
 }
 
-/* Slots begin .. end - 1 by this block, and its share of what is everybody's. */
-static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) {
-    extern __shared__ int memory[];
-    expert_places p = carve_places(memory, run.w.n);
-    int thread = (int)(blockIdx.x * SORT_THREADS + threadIdx.x), n_threads = (int)gridDim.x * SORT_THREADS;
+/* A block's share of the slots, and of what is everybody's. */
+static __device__ void sort_many(const moe4_layer_run &run, int block, int blocks) {
+    extern __shared__ uint4 places[];
+    expert_places p = carve_places(places, run.w.n);
+    int thread = block * SORT_THREADS + (int)threadIdx.x, n_threads = blocks * SORT_THREADS;
+    int other = (thread + n_threads / 2) % n_threads; /* so that both lists are made at the same time */
+    int64_t n = (int64_t)run.n_tokens * run.top_k;
+    int begin = (int)(n * block / blocks), end = (int)(n * (block + 1) / blocks);
     count_all(run, p, begin);
     sums all = place_experts(run, p);
     place_slots(run, p, begin, end);
@@ -292,7 +314,7 @@ static __device__ void sort_many(const moe4_layer_run &run, int begin, int end) 
     begin_run(run, thread, n_threads, all.tiles, all.slots, all.hit);
     for (int e = thread; e < run.w.n; e += n_threads) run.expert_slots[e] = p.n[e];
     if (!run.prefill_from) return;
-    list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, thread, n_threads);
+    list_tiles<PREFILL_STEP>(p.head[1], run.prefill_tiles, run, p, other, n_threads);
     if (run.n_windows) list_windows(run, p, all.slots, thread, n_threads);
     begin_prefill(run, thread, n_threads, all.prefill_tiles, all.slots);
     if (thread == 0) {
