@@ -238,7 +238,7 @@ int main(int argc, char **argv) {
         }
         for (int T : {64, 128, 256, 512, 1024, 4096}) { /* as the library chooses (src/cuda/run.c), then the alternatives */
             int slots = T * s.k / s.n, columns = slots <= 68 ? 80 : slots <= 165 ? 192 : slots <= 235 ? 256 : 192;
-            if (slots < 11) continue;
+            if (slots < 13) continue;
             int from = 1, windows = T < 4096 ? 0 : w1 ? 2 : 1, slices = T < 4096 ? 0 : w1 ? 3 : 2;
             go(T, MOE4_ACT_W4A16, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});
             if (slots >= 16) go(T, MOE4_ACT_TOKEN, {"layer", false, true, 24, 7, from, columns, UNIFORM, false, windows, slices});

@@ -112,25 +112,16 @@ static void test_choices(void **state) {
         moe4_act act;
         int n_tokens, from, columns;
     } choices[] = {
-        {LAYER, MOE4_ACT_W4A16, 63, 0, 0},
-        {LAYER, MOE4_ACT_W4A16, 87, 0, 0},
-        {LAYER, MOE4_ACT_W4A16, 88, 1, 80},
-        {LAYER, MOE4_ACT_TOKEN, 88, 0, 0},
-        {LAYER, MOE4_ACT_TOKEN, 127, 65, 80},
-        {LAYER, MOE4_ACT_TOKEN, 128, 1, 80},
-        {LAYER, MOE4_ACT_W4A16, 544, 1, 80},
-        {LAYER, MOE4_ACT_W4A16, 545, 1, 192},
-        {LAYER, MOE4_ACT_W4A16, 1320, 1, 192},
-        {LAYER, MOE4_ACT_W4A16, 1321, 1, 256},
-        {LAYER, MOE4_ACT_W4A16, 1880, 1, 256},
-        {LAYER, MOE4_ACT_W4A16, 4096, 1, 192},
-        {LAYER_NVFP4_X, MOE4_ACT_TOKEN, 256, 17, 80},
-        {LAYER_SORTED, MOE4_ACT_W4A16, 527, 65, 80},
-        {LAYER_SORTED, MOE4_ACT_W4A16, 528, 17, 80},
-        {LINEAR, MOE4_ACT_W4A16, 95, 0, 0},
-        {LINEAR, MOE4_ACT_W4A16, 96, 1, 256},
-        {LINEAR, MOE4_ACT_W4A16, 256, 1, 192},
-        {LINEAR, MOE4_ACT_W4A16, 4096, 1, 256},
+        {LAYER, MOE4_ACT_W4A16, 63, 0, 0},           {LAYER, MOE4_ACT_W4A16, 95, 0, 0},
+        {LAYER, MOE4_ACT_W4A16, 103, 65, 80},        {LAYER, MOE4_ACT_W4A16, 104, 1, 80},
+        {LAYER, MOE4_ACT_TOKEN, 88, 0, 0},           {LAYER, MOE4_ACT_TOKEN, 127, 65, 80},
+        {LAYER, MOE4_ACT_TOKEN, 128, 1, 80},         {LAYER, MOE4_ACT_W4A16, 544, 1, 80},
+        {LAYER, MOE4_ACT_W4A16, 545, 1, 192},        {LAYER, MOE4_ACT_W4A16, 1320, 1, 192},
+        {LAYER, MOE4_ACT_W4A16, 1321, 1, 256},       {LAYER, MOE4_ACT_W4A16, 1880, 1, 256},
+        {LAYER, MOE4_ACT_W4A16, 4096, 1, 192},       {LAYER_NVFP4_X, MOE4_ACT_TOKEN, 256, 17, 80},
+        {LAYER_SORTED, MOE4_ACT_W4A16, 623, 65, 80}, {LAYER_SORTED, MOE4_ACT_W4A16, 624, 17, 80},
+        {LINEAR, MOE4_ACT_W4A16, 95, 0, 0},          {LINEAR, MOE4_ACT_W4A16, 96, 1, 256},
+        {LINEAR, MOE4_ACT_W4A16, 256, 1, 192},       {LINEAR, MOE4_ACT_W4A16, 4096, 1, 256},
     };
     for (size_t i = 0; i < COUNT(choices); i++) {
         struct moe4_layer_run r = make_run(&shapes[0], 6, choices[i].act, choices[i].kind, choices[i].n_tokens);

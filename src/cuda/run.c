@@ -11,9 +11,9 @@ bool moe4_cuda_uses_sm90(const struct moe4_cuda_device *device) {
 #define PREFILL_FEW 65    /* where experts get few on average: a few that go another way cost more than they gain */
 #define PREFILL_TOKENS 64 /* of a batch from which it may take several experts; the rows of one keep too few multiprocessors busy */
 
-/* Slots an expert gets on average from where on the prefill kernel takes all. Where h is rounded it runs twice. */
+/* Slots an expert gets on average from where on the prefill kernel takes all: later where h is rounded. */
 static int prefill_mean(const struct moe4_layer_run *r) {
-    return r->act == MOE4_ACT_W4A16 ? 11 : 16;
+    return r->act == MOE4_ACT_W4A16 ? 13 : 16;
 }
 
 /* Columns of the prefill kernel's tiles, up to so many slots an expert on average. */
