@@ -332,7 +332,7 @@ cudaError_t moe4_cuda_find_bad_scale(unsigned long long *first_bad, const uint8_
 
 #define MOE4_CODEC_TASK 512 /* elements of a row that a warp takes at once */
 #define MOE4_MAX_CODEC_TASKS (1u << 31)
-/* codec.cu: amax [1 or rows] as bits; codes and scales; values; the lowest index of a NaN or Inf of x, or of a bad scale. */
+/* codec_*.cu: amax [1 or rows] as bits; codes and scales; values; the lowest index of a NaN or Inf of x, or of a bad scale. */
 cudaError_t moe4_cuda_codec_amax(const moe4_codec_call *c, uint32_t *amax, cudaStream_t stream);
 cudaError_t moe4_cuda_codec_quantize(const moe4_codec_call *c, const moe4_codec_scale *scales, unsigned long long *n_saturated,
                                      cudaStream_t stream);
