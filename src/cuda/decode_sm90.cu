@@ -14,7 +14,8 @@
  *
  * A ticket is drawn before its item runs, gate/up items wait for nothing, round items for gate/up and down items for both: whoever waits,
  * waits for a block that is already running. There is no deadlock, whatever else holds the GPU's multiprocessors. */
-#include "decode_sm90.cuh"
+#include "decode_activations.cuh"
+#include "decode_weights.cuh"
 
 /* ---- the warps that consume ---- */
 

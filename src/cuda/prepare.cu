@@ -7,7 +7,7 @@
  *   quantize_h     TENSOR: the same for h between the products */
 #include "launch.cuh"
 #include "round_x.cuh"
-#include "sort_slots.cuh"
+#include "sort_many.cuh"
 
 #define THREADS SORT_THREADS
 #define ROW_THREADS 128 /* for a row of x, where there are many */
