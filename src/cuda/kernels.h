@@ -240,7 +240,8 @@ cudaError_t moe4_cuda_pack(uint8_t *packed, const uint8_t *codes, const uint8_t 
 /* values[rows, cols] = the bf16 e2m1 * scale that the products see, row-major and unpermuted; at a multiple of 16 bytes. */
 cudaError_t moe4_cuda_unpack(moe4_bf16 *values, const uint8_t *packed, int rows, int cols, int interleave, cudaStream_t stream);
 
-/* Sorts the slots by expert, stable, and lists the tiles; rounds x. One kernel, but in TENSOR two. */
+/* Sorts the slots by expert, stable, and lists the tiles; rounds x. Up to four kernels: TENSOR has one before, very many slots another,
+ * rows of the prefill kernel's tiles mostly one of their own. */
 cudaError_t moe4_cuda_prepare(const struct moe4_layer_run *run, cudaStream_t stream);
 /* The same in two steps for every other kind of slots and of rounding. Place lists the slots and tiles of rows that stand with their
  * experts, or of one expert that has them all; round takes weights, rows that are NVFP4 already, and unquantized experts. After prepare of

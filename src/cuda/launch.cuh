@@ -1,5 +1,6 @@
 /* Launches a kernel that may begin before the one in front of it in the stream has ended (programmatic dependent launch): its first
- * action that touches memory is dependency_wait(). On other GPUs an ordinary launch. */
+ * action that touches memory is dependency_wait(), but for what prepare.cu lets its followers do (begin). On other GPUs an ordinary launch.
+ */
 #ifndef MOE4_CUDA_LAUNCH_CUH
 #define MOE4_CUDA_LAUNCH_CUH
 
